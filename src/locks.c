@@ -1,0 +1,152 @@
+#include "locks.h"
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stdint.h>             /* uintptr_t */
+#include <sys/uio.h>            /* process_vm_readv() */
+
+#include "procfs.h"
+#include "syscalls.h"
+
+/* struct robust_list_head of <linux/futex.h>, with the victim's pointers as
+ * numbers.  It is empty when `next` points back to the head itself; the
+ * lowest bit of a pointer marks a priority-inheriting mutex.  `pending` is
+ * set around the taking and the giving back of a lock.
+ */
+struct head {
+    uintptr_t next;
+    intptr_t futex_offset;
+    uintptr_t pending;
+};
+
+/* Threads whose heads are read with one system call. */
+#define BATCH 32
+
+struct batch {
+    int count;
+    pid_t tid[BATCH];
+    void *address[BATCH];
+    struct head head[BATCH];
+};
+
+static bool
+is_held(const struct head *head, const void *address)
+{
+    uintptr_t next = head->next & ~(uintptr_t)1;
+    return head->pending != 0 || (next != 0 && next != (uintptr_t)address);
+}
+
+/* Read the heads of a batch and look at them; the batch is empty after. */
+static enum locks
+look_at_batch(struct batch *batch)
+{
+    struct iovec local[BATCH];
+    struct iovec remote[BATCH];
+    enum locks found = LOCKS_FREE;
+    int first = 0;
+
+    for (int i = 0; i < batch->count; i++) {
+        local[i].iov_base = &batch->head[i];
+        local[i].iov_len = sizeof(batch->head[i]);
+        remote[i].iov_base = batch->address[i];
+        remote[i].iov_len = sizeof(batch->head[i]);
+    }
+    while (first < batch->count) {
+        unsigned long left = (unsigned long)(batch->count - first);
+        ssize_t n = process_vm_readv(batch->tid[first], local + first, left,
+                                     remote + first, left, 0);
+        if (n < 0 && errno != ESRCH && errno != EFAULT) {
+            found = LOCKS_UNKNOWN;
+            break;
+        }
+        int whole = n < 0 ? 0 : (int)((size_t)n / sizeof(struct head));
+        for (int i = first; i < first + whole; i++) {
+            if (is_held(&batch->head[i], batch->address[i])) {
+                batch->count = 0;
+                return LOCKS_HELD;
+            }
+        }
+        first += whole;
+        if (first < batch->count) {
+            /* ESRCH: this thread has let go of the memory, and its locks
+             * were handed on before; the others are read through the next.
+             * EFAULT: its head cannot be read, nor could the kernel do so at
+             * the end of the thread, so there is nothing to hand on.
+             */
+            first++;
+        }
+    }
+    batch->count = 0;
+    return found;
+}
+
+/* Held outweighs unknown outweighs free. */
+static enum locks
+worse(enum locks a, enum locks b)
+{
+    if (a == LOCKS_HELD || b == LOCKS_HELD) {
+        return LOCKS_HELD;
+    }
+    return a == LOCKS_UNKNOWN || b == LOCKS_UNKNOWN ? LOCKS_UNKNOWN
+                                                    : LOCKS_FREE;
+}
+
+/* Add a thread to the batch.  LOCKS_UNKNOWN if its head cannot be had. */
+static enum locks
+add_thread(struct batch *batch, pid_t tid, bool *registered)
+{
+    void *address;
+    size_t size;
+
+    if (sys_get_robust_list(tid, &address, &size) < 0) {
+        /* ESRCH: the thread has ended, its locks were handed on. */
+        return errno == ESRCH ? LOCKS_FREE : LOCKS_UNKNOWN;
+    }
+    if (address != NULL) {
+        *registered = true;
+        batch->tid[batch->count] = tid;
+        batch->address[batch->count++] = address;
+    }
+    return LOCKS_FREE;
+}
+
+enum locks
+locks_look(pid_t pid, int threads)
+{
+    struct batch batch = {.count = 0};
+    struct procfs_tasks tasks;
+    enum locks found;
+    bool registered = false;
+
+    if (threads == 1) {
+        found = add_thread(&batch, pid, &registered);
+    }
+    else if (procfs_tasks_open(&tasks, pid) != 0) {
+        /* The leader may still be known to hold one. */
+        add_thread(&batch, pid, &registered);
+        found = LOCKS_UNKNOWN;
+    }
+    else {
+        pid_t tid;
+        found = LOCKS_FREE;
+        while (found != LOCKS_HELD && (tid = procfs_tasks_next(&tasks)) != 0) {
+            found = worse(found, add_thread(&batch, tid, &registered));
+            if (batch.count == BATCH) {
+                found = worse(found, look_at_batch(&batch));
+            }
+        }
+        procfs_tasks_close(&tasks);
+    }
+    if (found != LOCKS_HELD && batch.count > 0) {
+        found = worse(found, look_at_batch(&batch));
+    }
+    /* A 32-bit thread registers its list where get_robust_list() of a 64-bit
+     * caller does not look.
+     */
+    if (found == LOCKS_FREE && !registered && sizeof(void *) == 8 &&
+        procfs_is_32bit(pid))
+    {
+        found = LOCKS_UNKNOWN;
+    }
+    return found;
+}

@@ -1,0 +1,340 @@
+#include "procfs.h"
+
+#include <elf.h>                /* EI_CLASS */
+#include <errno.h>
+#include <fcntl.h>              /* open() */
+#include <signal.h>             /* SIGKILL */
+#include <stdio.h>              /* snprintf() */
+#include <stdlib.h>             /* strtoll() */
+#include <string.h>
+#include <sys/stat.h>           /* fstatat() */
+#include <unistd.h>             /* read() */
+
+#include "syscalls.h"
+
+/* "/proc/2147483647/task/2147483647/status" and room to spare */
+#define PATH_SIZE 64
+
+/* Bits of the flags in /proc/PID/stat: <linux/sched.h>, unchanged since they
+ * were introduced, and what ps and systemd rely on as well.
+ */
+#define PF_EXITING 0x00000004
+#define PF_KTHREAD 0x00200000
+
+static int
+open_proc(pid_t pid, const char *name, int flags)
+{
+    char path[PATH_SIZE];
+    snprintf(path, sizeof(path), "/proc/%d/%s", (int)pid, name);
+    return open(path, O_RDONLY | O_CLOEXEC | flags);
+}
+
+/* If `line` begins with `key`, the text behind it, else NULL. */
+static const char *
+value_of(const char *line, const char *key)
+{
+    size_t length = strlen(key);
+    return strncmp(line, key, length) == 0 ? line + length : NULL;
+}
+
+static void
+take_line(struct procfs_status *status, const char *line, bool *has_mm)
+{
+    static const struct {
+        const char *key;
+        size_t offset;
+    } sizes[] = {
+        {"RssAnon:", offsetof(struct procfs_status, anon)},
+        {"RssFile:", offsetof(struct procfs_status, file)},
+        {"RssShmem:", offsetof(struct procfs_status, shmem)},
+        {"VmSwap:", offsetof(struct procfs_status, swap)},
+        {"HugetlbPages:", offsetof(struct procfs_status, hugetlb)},
+    };
+    const char *value;
+
+    /* The first letters of nearly all lines rule them out. */
+    switch (line[0]) {
+    case 'R':
+    case 'V':
+    case 'H':
+        for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+            value = value_of(line, sizes[i].key);
+            if (value != NULL) {
+                *(int64_t *)((char *)status + sizes[i].offset) =
+                    strtoll(value, NULL, 10) * 1024;
+                *has_mm = true;
+                return;
+            }
+        }
+        return;
+    case 'T':
+        if ((value = value_of(line, "Tgid:")) != NULL) {
+            status->tgid = (pid_t)strtol(value, NULL, 10);
+        }
+        else if ((value = value_of(line, "Threads:")) != NULL) {
+            status->threads = (int)strtol(value, NULL, 10);
+        }
+        return;
+    case 'S':
+        if ((value = value_of(line, "State:\t")) != NULL) {
+            status->state = value[0];
+        }
+        else if ((value = value_of(line, "SigPnd:")) != NULL ||
+                 (value = value_of(line, "ShdPnd:")) != NULL)
+        {
+            unsigned long long pending = strtoull(value, NULL, 16);
+            status->kill_pending |= (pending >> (SIGKILL - 1)) & 1;
+        }
+        return;
+    case 'C':
+        if ((value = value_of(line, "CoreDumping:")) != NULL) {
+            status->dumping = strtol(value, NULL, 10) != 0;
+        }
+        return;
+    default:
+        return;
+    }
+}
+
+static int
+read_status_fd(int fd, pid_t tid, struct procfs_status *status)
+{
+    char buffer[4096];
+    size_t have = 0;
+    bool skipping = false;      /* inside a line longer than the buffer */
+    bool has_mm = false;
+
+    memset(status, 0, sizeof(*status));
+    for (;;) {
+        ssize_t n = read(fd, buffer + have, sizeof(buffer) - 1 - have);
+        if (n < 0) {
+            return errno;
+        }
+        if (n == 0) {
+            status->user = has_mm ? tid : 0;
+            return status->threads > 0 ? 0 : ESRCH;
+        }
+        have += (size_t)n;
+        buffer[have] = '\0';
+
+        char *line = buffer;
+        char *end;
+        while ((end = strchr(line, '\n')) != NULL) {
+            *end = '\0';
+            if (!skipping) {
+                take_line(status, line, &has_mm);
+            }
+            skipping = false;
+            line = end + 1;
+        }
+        have -= (size_t)(line - buffer);
+        if (have == sizeof(buffer) - 1) {
+            /* Groups: of a process in thousands of them */
+            skipping = true;
+            have = 0;
+        }
+        memmove(buffer, line, have);
+    }
+}
+
+/* The leader may have ended before the others: then take the memory from a
+ * thread that still uses it.
+ */
+static void
+take_memory_of_threads(pid_t pid, struct procfs_status *status)
+{
+    struct procfs_tasks tasks;
+    pid_t tid;
+
+    if (procfs_tasks_open(&tasks, pid) != 0) {
+        return;
+    }
+    while (status->user == 0 && (tid = procfs_tasks_next(&tasks)) != 0) {
+        struct procfs_status thread;
+        char path[PATH_SIZE];
+        snprintf(path, sizeof(path), "%d/status", (int)tid);
+        int fd = openat(tasks.fd, path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0) {
+            continue;           /* it has ended */
+        }
+        if (read_status_fd(fd, tid, &thread) == 0 && thread.user != 0) {
+            thread.tgid = status->tgid;
+            thread.state = status->state;
+            *status = thread;
+        }
+        close(fd);
+    }
+    procfs_tasks_close(&tasks);
+}
+
+int
+procfs_read_status(pid_t pid, struct procfs_status *status)
+{
+    int fd = open_proc(pid, "status", 0);
+    if (fd < 0) {
+        return errno;
+    }
+    int err = read_status_fd(fd, pid, status);
+    close(fd);
+    if (err == 0 && status->user == 0 && status->threads > 1) {
+        take_memory_of_threads(pid, status);
+    }
+    return err;
+}
+
+/* What fields 3, 9, 20 and 52 of /proc/PID/stat tell.  The exit code is the
+ * group's as soon as the group is dying (Linux 5.17).
+ */
+static bool
+tells_dying(char state, unsigned long flags, long long threads,
+            long long exit_code)
+{
+    if (state == 'T' || state == 't') {
+        /* What stopped it stands in the same field. */
+        return exit_code == SIGKILL;
+    }
+    if (threads > 1) {
+        /* The leader may have ended alone; then its code is no signal. */
+        return (exit_code & 0x7f) != 0;
+    }
+    return state == 'Z' || state == 'X' || (flags & PF_EXITING) ||
+           exit_code != 0;
+}
+
+int
+procfs_read_stat(pid_t pid, struct procfs_stat *stat)
+{
+    char buffer[1024];
+    int fd = open_proc(pid, "stat", 0);
+    if (fd < 0) {
+        return errno;
+    }
+    ssize_t n = read(fd, buffer, sizeof(buffer) - 1);
+    int err = n < 0 ? errno : ESRCH;
+    close(fd);
+    if (n <= 0) {
+        return err;
+    }
+    buffer[n] = '\0';
+
+    /* The name, field 2, may hold anything, but it ends at the last ')'. */
+    char *at = strrchr(buffer, ')');
+    if (at == NULL || at[1] == '\0') {
+        return ESRCH;
+    }
+    char state = at[2];         /* field 3 */
+    long long fields[53] = {0}; /* by their numbers, from 4 on */
+    at += 3;
+    for (int field = 4; field <= 52; field++) {
+        fields[field] = strtoll(at, &at, 10);
+    }
+    unsigned long flags = (unsigned long)fields[9];
+    stat->kernel_thread = (flags & PF_KTHREAD) != 0;
+    stat->started = fields[22];
+    stat->dying = tells_dying(state, flags, fields[20], fields[52]);
+    return 0;
+}
+
+bool
+procfs_is_dying(pid_t pid)
+{
+    struct procfs_stat stat;
+    struct procfs_status status;
+
+    if (procfs_read_stat(pid, &stat) != 0 || stat.kernel_thread) {
+        return false;
+    }
+    return stat.dying ||
+           (procfs_read_status(pid, &status) == 0 && status.kill_pending);
+}
+
+int
+procfs_open_memory(pid_t tid)
+{
+    return open_proc(tid, "mem", 0);
+}
+
+enum procfs_memory
+procfs_ask_memory(int fd)
+{
+    char byte;
+
+    if (fd < 0) {
+        return PROCFS_MEMORY_UNKNOWN;
+    }
+    /* Nobody maps address 0, so a read there fails; but of memory without
+     * users it is the end of the file (mem_rw() in fs/proc/base.c, as old as
+     * git).
+     */
+    return pread(fd, &byte, 1, 0) == 0 ? PROCFS_MEMORY_UNUSED
+                                       : PROCFS_MEMORY_USED;
+}
+
+bool
+procfs_is_32bit(pid_t pid)
+{
+    unsigned char ident[EI_NIDENT];
+    int fd = open_proc(pid, "exe", 0);
+    if (fd < 0) {
+        return false;
+    }
+    ssize_t n = read(fd, ident, sizeof(ident));
+    close(fd);
+    return n == (ssize_t)sizeof(ident) && ident[EI_CLASS] == ELFCLASS32;
+}
+
+/* struct linux_dirent64: no header has it. */
+struct entry {
+    uint64_t inode;
+    int64_t offset;
+    unsigned short length;
+    unsigned char type;
+    char name[];
+};
+
+int
+procfs_tasks_open(struct procfs_tasks *tasks, pid_t pid)
+{
+    tasks->have = 0;
+    tasks->at = 0;
+    tasks->fd = open_proc(pid, "task", O_DIRECTORY);
+    return tasks->fd < 0 ? errno : 0;
+}
+
+pid_t
+procfs_tasks_next(struct procfs_tasks *tasks)
+{
+    for (;;) {
+        if (tasks->at >= tasks->have) {
+            tasks->at = 0;
+            tasks->have = syscall(SYS_getdents64, tasks->fd, tasks->buffer,
+                                  sizeof(tasks->buffer));
+            if (tasks->have <= 0) {
+                tasks->have = 0;
+                return 0;
+            }
+        }
+        const struct entry *entry =
+            (const struct entry *)(const void *)(tasks->buffer + tasks->at);
+        tasks->at += entry->length;
+        if (entry->name[0] != '.') {
+            return (pid_t)strtol(entry->name, NULL, 10);
+        }
+    }
+}
+
+bool
+procfs_tasks_has(const struct procfs_tasks *tasks, pid_t tid)
+{
+    char name[PATH_SIZE];
+    struct stat found;
+    snprintf(name, sizeof(name), "%d", (int)tid);
+    return fstatat(tasks->fd, name, &found, 0) == 0;
+}
+
+void
+procfs_tasks_close(struct procfs_tasks *tasks)
+{
+    close(tasks->fd);
+    tasks->fd = -1;
+}

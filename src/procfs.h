@@ -1,0 +1,96 @@
+/* What /proc/PID says about a process, read without touching its memory map.
+ *
+ * Only status, stat and the list of threads are read: they neither pin the
+ * address space for long nor wait for its lock, so they are harmless beside a
+ * kill (cmdline, environ, maps and smaps are not).
+ *
+ * A path with a pid in it names whoever has that pid at the moment of open().
+ * Callers hold a pidfd: what was read is about the right process if the pidfd
+ * shows afterwards that it had not been waited for yet.
+ */
+
+#ifndef MRELEASE_PROCFS_H
+#define MRELEASE_PROCFS_H
+
+#include <stdbool.h>
+#include <stdint.h>             /* int64_t */
+#include <sys/types.h>          /* pid_t, ssize_t */
+
+/* Memory is in bytes. */
+struct procfs_status {
+    int64_t anon;               /* RssAnon */
+    int64_t file;               /* RssFile */
+    int64_t shmem;              /* RssShmem */
+    int64_t swap;               /* VmSwap */
+    int64_t hugetlb;            /* HugetlbPages */
+    pid_t tgid;                 /* differs from the pid asked for a thread */
+    pid_t user;                 /* a thread that uses the memory, or 0 */
+    int threads;
+    char state;                 /* R S D T t Z X I */
+    bool dumping;               /* a core dump is being written */
+    bool kill_pending;          /* SIGKILL waits for a thread */
+};
+
+/* 0, or an errno: ENOENT or ESRCH when there is no such process. */
+int
+procfs_read_status(pid_t pid, struct procfs_status *status);
+
+struct procfs_stat {
+    int64_t started;            /* clock ticks since boot */
+    bool kernel_thread;
+    bool dying;                 /* it will not run user code again */
+};
+
+/* 0, or an errno: ENOENT or ESRCH when there is no such process. */
+int
+procfs_read_stat(pid_t pid, struct procfs_stat *stat);
+
+/* Will it never run user code again?  false when unreadable. */
+bool
+procfs_is_dying(pid_t pid);
+
+/* The memory of a process, to be asked about even after it has ended.
+ *
+ * An fd for a thread that uses it, or -1: there is no such thread, or the
+ * caller may not trace the process (PTRACE_MODE_ATTACH).  It keeps no page.
+ */
+int
+procfs_open_memory(pid_t tid);
+
+enum procfs_memory {
+    PROCFS_MEMORY_UNKNOWN,      /* the fd is -1 */
+    PROCFS_MEMORY_USED,         /* by its threads or other processes */
+    PROCFS_MEMORY_UNUSED,       /* its last user has begun its teardown */
+};
+
+enum procfs_memory
+procfs_ask_memory(int fd);
+
+/* Is the program of this process a 32-bit one?  false when unreadable. */
+bool
+procfs_is_32bit(pid_t pid);
+
+/* The threads of a process, without allocation. */
+struct procfs_tasks {
+    int fd;
+    ssize_t have;               /* bytes in buffer */
+    ssize_t at;                 /* the next entry */
+    _Alignas(8) char buffer[2048];
+};
+
+/* 0, or an errno.  Only an opened list may be read or closed. */
+int
+procfs_tasks_open(struct procfs_tasks *tasks, pid_t pid);
+
+/* A thread id, or 0 at the end. */
+pid_t
+procfs_tasks_next(struct procfs_tasks *tasks);
+
+/* Is this thread still one of the process the list was opened for? */
+bool
+procfs_tasks_has(const struct procfs_tasks *tasks, pid_t tid);
+
+void
+procfs_tasks_close(struct procfs_tasks *tasks);
+
+#endif /* MRELEASE_PROCFS_H */
