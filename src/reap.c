@@ -1,0 +1,546 @@
+#include "reap.h"
+
+#include <errno.h>
+#include <poll.h>               /* ppoll() */
+#include <signal.h>             /* SIGKILL, SIGTERM */
+#include <time.h>               /* clock_gettime() */
+
+#include "raise.h"
+#include "syscalls.h"
+
+#define MS INT64_C(1000000)
+
+/* A released victim that has not ended after this long is stuck, stopped or
+ * starved.  Its memory is back, so nothing is gained by more waiting.
+ */
+#define SETTLE (20 * MS)
+
+/* Memory that only the end of the victim gives back is worth waiting for
+ * from this size on; nearly every process has a few pages of it.
+ */
+#define WORTH_WAITING (INT64_C(1) << 20)
+
+/* Between two attempts of the release: short first, for a notifier that is
+ * done in a moment, then longer.
+ */
+#define PAUSE_FIRST (MS / 2)
+#define PAUSE_LAST (8 * MS)
+
+/* A signal that arrives just before a wait does not interrupt it. */
+#define LONGEST_WAIT (250 * MS)
+
+enum { BEGIN, GRACE, STRIKE, FOLLOW, ENDED };
+
+int64_t
+reap_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 * MS + now.tv_nsec;
+}
+
+static int64_t
+earlier(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* a + b for a duration b >= 0 that may be as good as infinite. */
+static int64_t
+after(int64_t a, int64_t b)
+{
+    return b > INT64_MAX - a ? INT64_MAX : a + b;
+}
+
+/* Wait for events on fds until `until`.  Like ppoll(). */
+static int
+wait_for(struct pollfd *fds, nfds_t count, int64_t until)
+{
+    int64_t left = until - reap_now();
+    if (left < 0) {
+        left = 0;
+    }
+    struct timespec timeout = {
+        .tv_sec = (time_t)(left / (1000 * MS)),
+        .tv_nsec = (long)(left % (1000 * MS)),
+    };
+    return ppoll(fds, count, &timeout, NULL);
+}
+
+static void
+set_deadline(struct reap *reap)
+{
+    int64_t from = reap->signalled != 0 ? reap->signalled : reap_now();
+    reap->deadline = after(from, reap->timeout);
+}
+
+/* Has the whole thread group ended?  Notes the time. */
+static bool
+is_ended(struct reap *reap)
+{
+    struct pollfd fd = {.fd = reap->pidfd, .events = POLLIN};
+    if (reap->exited == 0 && poll(&fd, 1, 0) == 1 && (fd.revents & POLLIN)) {
+        reap->exited = reap_now();
+    }
+    return reap->exited != 0;
+}
+
+static enum reap_progress
+done(struct reap *reap, enum reap_outcome outcome)
+{
+    reap->outcome = outcome;
+    return REAP_DONE;
+}
+
+/* The victim has ended; what about its memory? */
+static enum reap_progress
+ended(struct reap *reap)
+{
+    reap->step = ENDED;
+    return REAP_NEXT;
+}
+
+static enum reap_progress
+refuse(struct reap *reap, int why)
+{
+    reap->refused = why;
+    return REAP_REFUSED;
+}
+
+/* Has it no memory of its own?  Then it has ended, is about to, or it is a
+ * kernel thread.
+ */
+static bool
+has_no_memory(const struct reap *reap)
+{
+    return reap->has_footprint && reap->before.user == 0;
+}
+
+/* Nothing to kill.  REAP_NEXT if there is. */
+static enum reap_progress
+check_no_memory(struct reap *reap)
+{
+    if (is_ended(reap)) {
+        reap->freed = true;
+        return done(reap, REAP_EXITED);
+    }
+    struct procfs_stat stat;
+    if (procfs_read_stat(reap->pid, &stat) == 0 && stat.kernel_thread) {
+        return refuse(reap, REAP_EKTHREAD);
+    }
+    return REAP_NEXT;
+}
+
+static void
+read_footprint(struct reap *reap)
+{
+    reap->has_footprint = procfs_read_status(reap->pid, &reap->before) == 0;
+    reap_finish(reap);
+    if (reap->has_footprint) {
+        pid_t user = reap->before.user;
+        reap->memory = procfs_open_memory(user != 0 ? user : reap->pid);
+    }
+}
+
+/* If the victim was waited for, what was read of its pid may be of another
+ * process.
+ */
+static void
+forget_stranger(struct reap *reap)
+{
+    if (sys_pidfd_send_signal(reap->pidfd, 0) < 0 && errno == ESRCH) {
+        reap->has_footprint = false;
+        reap_finish(reap);
+    }
+}
+
+static enum reap_progress
+begin_grace(struct reap *reap)
+{
+    read_footprint(reap);
+    if (has_no_memory(reap)) {
+        enum reap_progress progress = check_no_memory(reap);
+        if (progress != REAP_NEXT) {
+            return progress;
+        }
+    }
+    int64_t now = reap_now();
+    if (sys_pidfd_send_signal(reap->pidfd, SIGTERM) < 0) {
+        return refuse(reap, errno);
+    }
+    reap->terminated = now;
+    reap->step = GRACE;
+    return REAP_NEXT;
+}
+
+static enum reap_progress
+wait_grace(struct reap *reap)
+{
+    int64_t end = after(reap->terminated, reap->grace);
+
+    while (!reap->hurried) {
+        int64_t now = reap_now();
+        if (now >= end) {
+            break;
+        }
+        struct pollfd fds[2] = {
+            {.fd = reap->pidfd, .events = POLLIN},
+            {.fd = reap->escalate_fd, .events = POLLIN | POLLPRI},
+        };
+        int n = wait_for(fds, 2, earlier(end, now + LONGEST_WAIT));
+        if (n < 0) {
+            return REAP_PAUSED;         /* EINTR */
+        }
+        if (fds[0].revents & POLLIN) {
+            reap->exited = reap_now();
+            return ended(reap);
+        }
+        if (fds[1].revents & (POLLERR | POLLNVAL)) {
+            /* What it watched is gone (a removed cgroup), or it was closed:
+             * nothing will ever be told by it.
+             */
+            reap->escalate_fd = -1;
+        }
+        else if (fds[1].revents != 0) {
+            break;
+        }
+        if (n == 0 && end - reap_now() > 0) {
+            return REAP_PAUSED;
+        }
+    }
+    reap->step = STRIKE;
+    return REAP_NEXT;
+}
+
+/* What must be known before the signal: the footprint, and the locks. */
+static void
+look(struct reap *reap)
+{
+    read_footprint(reap);
+    if (reap->protect) {
+        reap->locks = locks_look(
+            reap->pid, reap->has_footprint ? reap->before.threads : 0);
+    }
+    if (reap->has_footprint) {
+        reap->until_end =
+            reap->before.shmem + reap->before.hugetlb >= WORTH_WAITING;
+    }
+}
+
+static void
+lengthen_pause(struct reap *reap)
+{
+    reap->pause =
+        reap->pause == 0 ? PAUSE_FIRST : earlier(2 * reap->pause, PAUSE_LAST);
+}
+
+/* Is the victim known to be dying? */
+static bool
+is_dying(const struct reap *reap)
+{
+    return reap->signalled != 0 || procfs_is_dying(reap->pid);
+}
+
+/* Note what an attempt to release came to: its errno, or 0. */
+static void
+note_attempt(struct reap *reap, int err)
+{
+    int64_t now = reap_now();
+
+    reap->attempts++;
+    reap->err = err;
+    reap->retrying = false;
+    switch (err) {
+    case 0:
+        reap->released = now;
+        reap->outcome = REAP_RELEASED;
+        return;
+    case ESRCH:
+        reap->outcome = REAP_EXITING;
+        return;
+    case EAGAIN:
+    case EINTR:
+        reap->outcome = REAP_PARTIAL;
+        break;
+    case EINVAL: {
+        struct procfs_status status;
+        if (procfs_read_status(reap->pid, &status) == 0 && status.dumping) {
+            reap->outcome = REAP_DUMPING;
+        }
+        else if (is_dying(reap)) {
+            reap->outcome = REAP_SHARED;
+        }
+        else {
+            reap->outcome = REAP_ALIVE;
+            return;
+        }
+        break;
+    }
+    default:
+        reap->outcome = REAP_UNSUPPORTED;
+        return;
+    }
+    /* These may change: a notifier lets go, a dump is cut short, the sharer
+     * was a vfork() child that calls exec.
+     */
+    reap->retrying = true;
+    lengthen_pause(reap);
+    reap->next_try = now + reap->pause;
+}
+
+static void
+release(struct reap *reap)
+{
+    int rc = sys_process_mrelease(reap->pidfd, 0);
+    note_attempt(reap, rc < 0 ? errno : 0);
+}
+
+/* Once, and never while it writes a core dump: that may be long, and it is
+ * not teardown.
+ */
+static void
+raise_once(struct reap *reap)
+{
+    if (!reap->tried_raise && reap->outcome != REAP_DUMPING &&
+        !is_ended(reap) && is_dying(reap))
+    {
+        reap->tried_raise = true;
+        reap->raised = raise_victim(reap->pidfd, reap->pid);
+    }
+}
+
+/* The victim is dying, and the release was tried or is withheld. */
+static enum reap_progress
+begin_follow(struct reap *reap, bool withhold)
+{
+    if (withhold) {
+        reap->outcome = REAP_LOCKED;
+    }
+    set_deadline(reap);
+    raise_once(reap);
+    reap->step = FOLLOW;
+    return REAP_NEXT;
+}
+
+/* SIGKILL, and the release if it is not withheld. */
+static enum reap_progress
+kill_and_release(struct reap *reap, bool withhold)
+{
+    int64_t now = reap_now();
+    int sent = sys_pidfd_send_signal(reap->pidfd, SIGKILL);
+    if (sent == 0 && !withhold) {
+        /* Nothing may come between the two calls: the victim is out of reach
+         * within tens of microseconds.
+         */
+        int rc = sys_process_mrelease(reap->pidfd, 0);
+        int err = rc < 0 ? errno : 0;
+        reap->signalled = now;
+        note_attempt(reap, err);
+        return begin_follow(reap, withhold);
+    }
+    if (sent == 0) {
+        reap->signalled = now;
+        return begin_follow(reap, withhold);
+    }
+
+    int err = errno;
+    if (reap->terminated == 0) {
+        return refuse(reap, err);
+    }
+    if (err == ESRCH || is_ended(reap)) {
+        /* It ended at the very end of its grace. */
+        forget_stranger(reap);
+        if (reap->exited == 0) {
+            reap->exited = now;
+        }
+        return ended(reap);
+    }
+    /* It had SIGTERM but may not have SIGKILL: it has become another user's
+     * since.
+     */
+    reap->err = err;
+    return done(reap, REAP_ALIVE);
+}
+
+/* Without a signal: the process is dying already, or is left alone. */
+static enum reap_progress
+release_only(struct reap *reap, bool withhold)
+{
+    if (is_ended(reap)) {
+        forget_stranger(reap);
+        return ended(reap);
+    }
+    if (withhold) {
+        return is_dying(reap) ? begin_follow(reap, withhold)
+                              : done(reap, REAP_ALIVE);
+    }
+    release(reap);
+    if (reap->outcome == REAP_ALIVE ||
+        (reap->outcome == REAP_UNSUPPORTED && !is_dying(reap)))
+    {
+        return REAP_DONE;
+    }
+    return begin_follow(reap, withhold);
+}
+
+static enum reap_progress
+strike(struct reap *reap)
+{
+    look(reap);
+    if (has_no_memory(reap)) {
+        enum reap_progress progress = check_no_memory(reap);
+        if (progress != REAP_NEXT) {
+            return progress;
+        }
+    }
+    bool withhold = reap->protect && reap->locks == LOCKS_HELD;
+    return reap->send ? kill_and_release(reap, withhold)
+                      : release_only(reap, withhold);
+}
+
+/* The victim has ended.  Its memory went with it unless a process that is not
+ * dying shares it, or somebody is just looking at it; that may pass (the child
+ * of a vfork() calls exec, the reader of /proc/PID/maps is done).
+ */
+static enum reap_progress
+follow_memory(struct reap *reap)
+{
+    if (reap->deadline == 0) {
+        set_deadline(reap);
+    }
+    for (;;) {
+        enum procfs_memory memory = procfs_ask_memory(reap->memory);
+        bool gave_reason =
+            reap->outcome == REAP_LOCKED || reap->outcome == REAP_UNSUPPORTED;
+        if (reap->outcome == REAP_RELEASED || memory == PROCFS_MEMORY_UNUSED) {
+            reap->freed = true;
+        }
+        if (reap->outcome == REAP_RELEASED || gave_reason) {
+            /* these tell more than how it ended */
+        }
+        else if (memory == PROCFS_MEMORY_USED) {
+            reap->outcome = REAP_SHARED;
+        }
+        else if (memory == PROCFS_MEMORY_UNUSED ||
+                 reap->outcome != REAP_SHARED)
+        {
+            reap->outcome = REAP_EXITED;
+        }
+        int64_t now = reap_now();
+        if (reap->freed || memory == PROCFS_MEMORY_UNKNOWN || reap->hurried ||
+            now >= reap->deadline)
+        {
+            return REAP_DONE;
+        }
+        lengthen_pause(reap);
+        if (wait_for(NULL, 0, earlier(reap->deadline, now + reap->pause)) < 0)
+        {
+            return REAP_PAUSED;
+        }
+    }
+}
+
+/* A released victim has not ended.  If a thread still uses the memory, its
+ * teardown has not begun and all was released by our call.  If none does, up
+ * to some 10,000 pages may be in the batch that the victim's own teardown was
+ * freeing when it lost its CPU, and only its end gives them back.
+ */
+static bool
+is_all_released(const struct reap *reap)
+{
+    struct procfs_status status;
+    return procfs_read_status(reap->pid, &status) == 0 && status.user != 0;
+}
+
+static enum reap_progress
+follow(struct reap *reap)
+{
+    for (;;) {
+        if (is_ended(reap)) {
+            return ended(reap);
+        }
+        int64_t now = reap_now();
+        int64_t until = reap->hurried ? now : reap->deadline;
+        bool is_last = now >= until;
+        if (reap->outcome == REAP_RELEASED && !reap->until_end) {
+            until = earlier(until, reap->released + SETTLE);
+        }
+        if (now >= until && reap->outcome == REAP_RELEASED) {
+            if (is_all_released(reap)) {
+                reap->freed = true;
+                return REAP_DONE;
+            }
+            reap->until_end = true;
+            if (!is_last) {
+                continue;
+            }
+        }
+        if (now >= until) {
+            if (is_ended(reap)) {
+                return ended(reap);
+            }
+            return reap->outcome == REAP_RELEASED ? done(reap, REAP_PARTIAL)
+                                                  : REAP_DONE;
+        }
+        if (reap->retrying && now >= reap->next_try) {
+            release(reap);
+            raise_once(reap);
+            continue;
+        }
+        if (reap->retrying) {
+            until = earlier(until, reap->next_try);
+        }
+
+        struct pollfd fd = {.fd = reap->pidfd, .events = POLLIN};
+        int64_t slice = earlier(until, now + LONGEST_WAIT);
+        int n = wait_for(&fd, 1, slice);
+        if (n < 0 || (n == 0 && slice != until)) {
+            return REAP_PAUSED;
+        }
+    }
+}
+
+enum reap_progress
+reap_run(struct reap *reap)
+{
+    enum reap_progress progress;
+
+    if (reap->step == BEGIN && (!reap->send || reap->grace == 0)) {
+        reap->step = STRIKE;
+    }
+    do {
+        switch (reap->step) {
+        case BEGIN:
+            progress = begin_grace(reap);
+            break;
+        case GRACE:
+            progress = wait_grace(reap);
+            break;
+        case STRIKE:
+            progress = strike(reap);
+            break;
+        case FOLLOW:
+            progress = follow(reap);
+            break;
+        default:
+            progress = follow_memory(reap);
+            break;
+        }
+    } while (progress == REAP_NEXT);
+    return progress;
+}
+
+void
+reap_hurry(struct reap *reap)
+{
+    reap->hurried = true;
+}
+
+void
+reap_finish(struct reap *reap)
+{
+    if (reap->memory >= 0) {
+        close(reap->memory);
+    }
+    reap->memory = -1;
+}

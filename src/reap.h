@@ -1,0 +1,101 @@
+/* The kill protocol for one pidfd.
+ *
+ * SIGTERM and a grace, if asked for; a look at the robust locks; SIGKILL and
+ * process_mrelease with nothing between them; then the wait until the victim
+ * has ended or what became of its memory is known.
+ *
+ * reap_run() does the work in the caller's thread.  It returns early, with
+ * REAP_PAUSED, when a wait was interrupted, so that the caller can look at its
+ * signals; called again, it goes on where it was.  No allocation, no state
+ * outside the struct.
+ */
+
+#ifndef MRELEASE_REAP_H
+#define MRELEASE_REAP_H
+
+#include <stdbool.h>
+#include <stdint.h>             /* int64_t */
+#include <sys/types.h>          /* pid_t */
+
+#include "locks.h"
+#include "procfs.h"
+
+enum reap_outcome {
+    REAP_ALIVE,                 /* the process is not dying */
+    REAP_RELEASED,              /* everything releasable is released */
+    REAP_EXITED,                /* it ended, its memory went with it */
+    REAP_EXITING,               /* too late to release, and not ended yet */
+    REAP_PARTIAL,               /* part of it may still be held */
+    REAP_SHARED,                /* somebody who is not dying shares it */
+    REAP_DUMPING,               /* a core dump is being written from it */
+    REAP_LOCKED,                /* withheld: robust locks are held */
+    REAP_UNSUPPORTED,           /* the system call is not to be had here */
+};
+
+/* Why reap_run() refused: the kernel's errno, or this. */
+#define REAP_EKTHREAD (-1)      /* a kernel thread */
+
+enum reap_progress {
+    REAP_DONE,
+    REAP_PAUSED,
+    REAP_REFUSED,               /* no signal was sent; see refused */
+    REAP_NEXT,                  /* for reap.c alone, never returned */
+};
+
+/* All times are nanoseconds of CLOCK_MONOTONIC. */
+struct reap {
+    /* What is asked. */
+    int pidfd;
+    pid_t pid;
+    bool send;                  /* false: release what is dying already */
+    bool protect;               /* withhold the release if locks are held */
+    int64_t begun;
+    int64_t grace;              /* a duration; 0: SIGKILL at once */
+    int64_t timeout;            /* a duration, from SIGKILL on */
+    int escalate_fd;            /* ends the grace when it polls; -1: none */
+
+    /* What came of it.  Times are 0 for what did not happen. */
+    enum reap_outcome outcome;
+    int refused;
+    int err;                    /* errno of the last release, or 0 */
+    int attempts;               /* calls of process_mrelease */
+    enum locks locks;           /* meaningful with protect */
+    bool raised;
+    bool has_footprint;
+    struct procfs_status before;        /* just before the kill */
+    int64_t terminated;         /* SIGTERM went out */
+    int64_t signalled;          /* SIGKILL went out */
+    int64_t released;           /* the release succeeded */
+    int64_t exited;             /* the whole thread group was seen ended */
+    bool freed;                 /* the memory is known to be back */
+
+    int memory;         /* -1 to begin with; see procfs_open_memory() */
+
+    /* Where it is.  For reap.c alone; zero to begin with. */
+    int step;
+    bool hurried;
+    bool tried_raise;
+    bool retrying;
+    bool until_end;
+    int64_t pause;
+    int64_t next_try;
+    int64_t deadline;
+};
+
+enum reap_progress
+reap_run(struct reap *reap);
+
+/* No more waiting: the next reap_run() ends a grace at once and returns
+ * REAP_DONE (or REAP_REFUSED) without another pause.
+ */
+void
+reap_hurry(struct reap *reap);
+
+/* Give back what the protocol holds, whatever became of it. */
+void
+reap_finish(struct reap *reap);
+
+int64_t
+reap_now(void);
+
+#endif /* MRELEASE_REAP_H */
