@@ -1,0 +1,48 @@
+"""Builds the C extension; everything else stands in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import sysconfig
+
+from setuptools import Extension, setup
+
+if sys.platform != "linux":
+    sys.exit(
+        "mrelease requires Linux: process_mrelease(2) is a Linux system "
+        f"call, and this is {sys.platform}."
+    )
+
+SOURCES = ["_mrelease", "reap", "locks", "raise", "procfs", "probe"]
+
+# The stable ABI from 3.12 on: a module built for 3.11's cannot be imported in
+# a subinterpreter that has its own GIL.  Free-threaded Python has one from
+# 3.15 on (PEP 803).
+floor = 15 if sysconfig.get_config_var("Py_GIL_DISABLED") else 12
+stable = sys.version_info >= (3, floor)
+
+# -g0: debug information would be four fifths of the wheel.  MRELEASE_CFLAGS
+# comes last, for sanitizers, coverage, -g or -Werror; compiler and linker.
+flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g0"]
+flags += ["-fvisibility=hidden", "-pthread"]
+flags += shlex.split(os.environ.get("MRELEASE_CFLAGS", ""))
+
+setup(
+    ext_modules=[
+        Extension(
+            "mrelease._mrelease",
+            sources=[f"src/{name}.c" for name in SOURCES],
+            define_macros=(
+                [("Py_LIMITED_API", f"0x03{floor:02x}0000")] if stable else []
+            ),
+            py_limited_api=stable,
+            extra_compile_args=flags,
+            extra_link_args=flags,
+        )
+    ],
+    options=(
+        {"bdist_wheel": {"py_limited_api": f"cp3{floor}"}} if stable else {}
+    ),
+)

@@ -1,0 +1,42 @@
+from typing import Literal, Protocol
+
+class _HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+def process_mrelease(pidfd: int | _HasFileno, flags: int = 0, /) -> None: ...
+def pidfd_open(pid: int, /) -> int: ...
+def pidfd_state(
+    pidfd: int | _HasFileno, /
+) -> Literal["running", "ended", "reaped"]: ...
+def read_footprint(
+    pid: int, /
+) -> tuple[int, tuple[int, int, int, int, int]]: ...
+def read_stat(pid: int, /) -> tuple[int, bool]: ...
+def look_at_locks(pid: int, /) -> Literal["free", "held", "unknown"]: ...
+def reap(
+    pidfd: int,
+    pid: int,
+    begun: int,
+    grace: int,
+    timeout: int,
+    alarm: int,
+    protect: bool,
+    send: bool,
+    /,
+) -> (
+    int
+    | tuple[
+        str,
+        bool,
+        tuple[int, int, int, int, int] | None,
+        float | None,
+        float | None,
+        float | None,
+        float | None,
+        int,
+        int,
+        Literal["free", "held", "unknown", "ignored"],
+        bool,
+    ]
+): ...
+def probe(in_child: bool, /) -> dict[str, int]: ...
