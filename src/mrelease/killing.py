@@ -1,0 +1,67 @@
+"""Kill one process, release its memory, and tell what became of it."""
+
+from __future__ import annotations
+
+import os
+from time import monotonic_ns
+
+from mrelease.process import pin
+from mrelease.protocol import Terms, carry_out
+from mrelease.victim import Victim
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal, SupportsIndex
+
+    from mrelease.process import HasPid
+    from mrelease.protocol import HasFileno
+    from mrelease.release import Release
+
+
+def kill(
+    process: Victim | HasPid | SupportsIndex,
+    *,
+    grace: float = 0.0,
+    escalate_on: HasFileno | int | None = None,
+    timeout: float = 1.0,
+    locks: Literal["protect", "ignore"] = "protect",
+) -> Release:
+    """Kill a process, free its memory, and tell what became of it.
+
+    process is a pid, an object with a pid (subprocess.Popen,
+    multiprocessing.Process, asyncio's, psutil's) or a Victim.
+
+    With a grace, in seconds, SIGTERM goes out first.  If the process has not
+    ended when the grace is over, or when escalate_on can be read (an eventfd,
+    a pipe, a pressure trigger: a file descriptor or an object with fileno()),
+    SIGKILL follows on the same pidfd.
+
+    SIGKILL and process_mrelease(2) leave in one native call, in the calling
+    thread, without the GIL.  Then the victim is raised, where permitted, so
+    that it can finish dying, and the call waits until it has ended, or its
+    memory is known to be back, or timeout seconds have passed since SIGKILL.
+    So the call takes at most grace + timeout, save for the system call itself,
+    which the kernel may keep waiting for the victim's mmap_lock.
+
+    locks='protect' withholds the release of a victim that holds robust locks,
+    since whoever waits for them would never be woken; it is killed all the
+    same (Outcome.LOCKED).  locks='ignore' does not look.
+
+    Raises, before anything was signalled: TypeError, ValueError for bad
+    arguments, pid 1, the caller itself, a kernel thread; ProcessLookupError if
+    there is no such process (any more); PermissionError if it may not be
+    signalled; OSError if no pidfd can be had.  After a signal nothing is
+    raised but what a signal handler of the caller's raises (KeyboardInterrupt,
+    say); the process is killed then all the same, its grace cut short.
+
+    Raises an auditing event mrelease.kill with argument pid.
+    """
+    begun = monotonic_ns()
+    terms = Terms(grace, escalate_on, timeout, locks)
+    if isinstance(process, Victim):
+        return process.carry_out(terms, begun)
+    pidfd, pid = pin(process)
+    try:
+        return carry_out(pidfd, pid, terms, begun)
+    finally:
+        os.close(pidfd)

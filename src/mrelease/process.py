@@ -1,0 +1,229 @@
+"""From what a caller has in hand to a pidfd of the right process.
+
+The pidfd is the identity from the moment it is open.  Before, a pid may have
+come to name another process; so what the caller's object knows of its process
+is checked after the pidfd is open: what holds then holds of the pidfd.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from errno import EINVAL, EMFILE, ENFILE, ENOENT, ENOSYS, EPERM, ESRCH
+
+from mrelease import _mrelease
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol, SupportsIndex
+
+    class HasPid(Protocol):
+        """An object that stands for a process; pid is None before it runs."""
+
+        @property
+        def pid(self) -> int | None:
+            """What the kernel calls it."""
+
+
+# pid_t; the kernel's own limit is lower, and its answer (no such process)
+# fits every pid that it could have been asked for.
+_PID_MAX = 2**31 - 1
+
+
+def no_such_process(pid: int, why: str) -> ProcessLookupError:
+    """Give the error for a process that is not there (any more)."""
+    return ProcessLookupError(ESRCH, f"cannot kill pid {pid}: {why}")
+
+
+def pid_of(process: HasPid | SupportsIndex) -> int:
+    """Give the pid of a process; refuse what must never be killed.
+
+    Raises TypeError for what is no process, ValueError for 0, negative
+    numbers, bool, pid 1 and the caller itself, ProcessLookupError for an
+    object whose process was waited for.
+    """
+    if isinstance(process, bool):
+        raise ValueError(f"{process} is not a pid: a bool is refused")
+    if isinstance(process, int):
+        pid = int(process)
+    elif hasattr(process, "pid"):
+        pid = _pid_of_object(process)
+    elif hasattr(process, "__index__"):  # an integer of numpy's, say
+        pid = process.__index__()
+    else:
+        raise TypeError(
+            "expected a pid (int), an object with a pid, or a Victim, not "
+            f"{type(process).__name__}"
+        )
+    if pid <= 0:
+        raise ValueError(
+            f"{pid} is not a pid: to the kernel, 0 and negative numbers "
+            "stand for groups of processes"
+        )
+    if pid > _PID_MAX:
+        raise ValueError(f"{pid} is not a pid: it is above {_PID_MAX}")
+    if pid == 1:
+        raise ValueError("pid 1 is refused: it is the init of this system")
+    if pid == os.getpid():
+        raise ValueError(f"pid {pid} is refused: it is the caller itself")
+    return pid
+
+
+def _pid_of_object(process: object) -> int:
+    pid: object = process.pid  # type: ignore[attr-defined]
+    kind = type(process).__name__
+    if pid is None:
+        raise ValueError(f"this {kind} has no pid: it was not started")
+    if isinstance(pid, bool) or not isinstance(pid, int):
+        raise TypeError(f"the pid of this {kind} is no int: {pid!r}")
+    # subprocess, asyncio, trio, anyio: set as soon as it was waited for.
+    returncode = getattr(process, "returncode", None)
+    if returncode is not None:
+        raise no_such_process(
+            pid, f"this {kind} has ended and was waited for ({returncode=})"
+        )
+    return pid
+
+
+def pin(
+    process: HasPid | SupportsIndex, started: int | None = None
+) -> tuple[int, int]:
+    """Open a pidfd, which the caller closes: (pidfd, pid).
+
+    started is the start time that the process must have: field 22 of
+    /proc/PID/stat, in clock ticks since boot.
+
+    Raises as pid_of() does, and ProcessLookupError if there is no such
+    process or another one has its pid, ValueError if the pid is a thread's,
+    OSError if no pidfd can be had.  Nothing was signalled then.
+    """
+    pid = pid_of(process)
+    try:
+        fd = _mrelease.pidfd_open(pid)
+    except OSError as error:
+        raise _cannot_pin(pid, error) from None
+    if started is None and isinstance(process, int):
+        return fd, pid
+    try:
+        if started is not None:
+            _confirm_start(pid, started)
+        if not isinstance(process, int):
+            _confirm_object(process, pid, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, pid
+
+
+def _cannot_pin(pid: int, error: OSError) -> Exception:
+    """Say why pidfd_open(2) failed."""
+    if error.errno in (EINVAL, ENOENT):
+        # So the kernel says of a thread, and of a process that is going.
+        try:
+            leader = _mrelease.read_footprint(pid)[0]
+        except OSError:
+            leader = pid
+        if leader != pid:
+            return ValueError(
+                f"{pid} is not a process: it is a thread of pid {leader}"
+            )
+        return no_such_process(pid, "it has ended")
+    if error.errno == ESRCH:
+        return no_such_process(pid, "there is no such process")
+    if error.errno in (EMFILE, ENFILE):
+        return OSError(
+            error.errno,
+            f"cannot kill pid {pid}: no file descriptor is left for it "
+            "(RLIMIT_NOFILE); nothing was signalled. A Victim made in "
+            "advance has its own",
+        )
+    if error.errno in (ENOSYS, EPERM):
+        return OSError(
+            error.errno,
+            f"cannot kill pid {pid}: pidfd_open is not to be had (Linux "
+            "before 5.3, or a seccomp policy), and without it the wrong "
+            "process could be hit; nothing was signalled",
+        )
+    return OSError(
+        error.errno,
+        f"cannot kill pid {pid}: pidfd_open failed: {error.strerror}",
+    )
+
+
+def check_start(started: int | None) -> None:
+    """Raise TypeError unless this can be a start time."""
+    if started is not None and (
+        isinstance(started, bool) or not isinstance(started, int)
+    ):
+        raise TypeError(
+            "started must be an int, field 22 of /proc/PID/stat in clock "
+            f"ticks, not {type(started).__name__}"
+        )
+
+
+def _confirm_start(pid: int, started: int) -> None:
+    try:
+        found = _mrelease.read_stat(pid)[0]
+    except (FileNotFoundError, ProcessLookupError):
+        if not os.path.exists("/proc/self/stat"):
+            raise OSError(
+                ENOENT,
+                f"cannot kill pid {pid}: whether it started at {started} "
+                "cannot be told, /proc is not mounted",
+            ) from None
+        raise no_such_process(pid, "it has ended") from None
+    if found != started:
+        raise no_such_process(
+            pid,
+            f"it is another process now (started at {found}, expected "
+            f"{started})",
+        )
+
+
+def _is_a(process: object, module: str, name: str) -> bool:
+    """Is it of this class?  An object whose module is not loaded is not."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(process, getattr(loaded, name))
+
+
+def _confirm_object(process: object, pid: int, fd: int) -> None:
+    """Check what the object knows of its process, the pidfd being open."""
+    if _is_a(process, "psutil", "Process"):
+        # Compares pid and create time with those of today, its own way.
+        if not process.is_running():  # type: ignore[attr-defined]
+            raise no_such_process(pid, "it is another process now, or none")
+    elif _is_a(process, "multiprocessing.process", "BaseProcess"):
+        _confirm_sentinel(process, pid)
+        starter = getattr(process, "_popen", None)
+        # A fork server's processes are not the caller's children.
+        if getattr(starter, "method", None) in ("fork", "spawn"):
+            _confirm_child(pid, fd)
+    elif _is_a(process, "subprocess", "Popen") or _is_a(
+        process, "asyncio.subprocess", "Process"
+    ):
+        _confirm_child(pid, fd)
+
+
+def _confirm_sentinel(process: object, pid: int) -> None:
+    import select
+
+    sentinel: int = process.sentinel  # type: ignore[attr-defined]
+    poll = select.poll()
+    poll.register(sentinel, select.POLLIN)
+    if poll.poll(0):
+        raise no_such_process(pid, "it has ended")
+
+
+def _confirm_child(pid: int, fd: int) -> None:
+    """Check that it is a child: those keep their pid until waited for."""
+    try:
+        os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        raise no_such_process(
+            pid,
+            "it is not a child of this process, or it was waited for "
+            "already, and the pid may be another process now",
+        ) from None
+    except OSError:
+        # Linux 5.3 has no P_PIDFD: then the pid itself must do.
+        return

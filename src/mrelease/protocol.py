@@ -1,0 +1,155 @@
+"""The terms of a kill, and the native protocol run on a pidfd."""
+
+from __future__ import annotations
+
+import os
+from errno import EPERM, ESRCH
+
+from mrelease import _mrelease
+from mrelease.footprint import Footprint
+from mrelease.process import no_such_process
+from mrelease.release import Outcome, Release
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class HasFileno(Protocol):
+        """Anything that can be polled: an eventfd, a pressure trigger."""
+
+        def fileno(self) -> int:
+            """Give the file descriptor."""
+
+
+_OUTCOMES = {outcome.value: outcome for outcome in Outcome}
+_FOREVER = 2**62  # nanoseconds: 146 years
+
+
+def _nanoseconds(name: str, seconds: float) -> int:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(
+            f"{name} must be a number of seconds, not {type(seconds).__name__}"
+        )
+    if not seconds >= 0:  # a NaN as well
+        raise ValueError(f"{name} must not be negative or NaN: {seconds}")
+    return _FOREVER if seconds > 4e9 else int(seconds * 1e9)
+
+
+def _protects(locks: str) -> bool:
+    if locks not in ("protect", "ignore"):
+        raise ValueError(f"locks must be 'protect' or 'ignore', not {locks!r}")
+    return locks == "protect"
+
+
+def _escalation(escalate_on: HasFileno | int | None) -> int:
+    if escalate_on is None:
+        return -1
+    if isinstance(escalate_on, bool):
+        raise TypeError("escalate_on must be pollable, not bool")
+    if isinstance(escalate_on, int):
+        fd = escalate_on
+    elif hasattr(escalate_on, "fileno"):
+        fd = escalate_on.fileno()
+    else:
+        raise TypeError(
+            "escalate_on must be a file descriptor or have a fileno(), not "
+            f"{type(escalate_on).__name__}"
+        )
+    try:
+        os.fstat(fd)
+    except (OSError, OverflowError):
+        raise ValueError(
+            f"escalate_on is not open: file descriptor {fd}"
+        ) from None
+    return fd
+
+
+class Terms:
+    """How to kill: the arguments that every way to kill takes, checked."""
+
+    __slots__ = ("escalate", "grace", "protect", "timeout")
+
+    def __init__(
+        self,
+        grace: float,
+        escalate_on: HasFileno | int | None,
+        timeout: float,
+        locks: str,
+    ) -> None:
+        self.grace = _nanoseconds("grace", grace)
+        self.timeout = _nanoseconds("timeout", timeout)
+        self.protect = _protects(locks)
+        self.escalate = _escalation(escalate_on)
+
+
+def carry_out(
+    pidfd: int, pid: int, terms: Terms, begun: int, *, send: bool = True
+) -> Release:
+    """Run the kill protocol on a pidfd; begun is from monotonic_ns()."""
+    result = _mrelease.reap(
+        pidfd,
+        pid,
+        begun,
+        terms.grace,
+        terms.timeout,
+        terms.escalate,
+        terms.protect,
+        send,
+    )
+    if isinstance(result, int):
+        raise _refusal(pid, result)
+    (
+        outcome,
+        freed,
+        footprint,
+        terminated,
+        signalled,
+        released,
+        exited,
+        errno,
+        attempts,
+        locks,
+        raised,
+    ) = result
+    return Release(
+        pid,
+        _OUTCOMES[outcome],
+        freed,
+        None if footprint is None else Footprint(*footprint),
+        terminated,
+        signalled,
+        released,
+        exited,
+        errno or None,
+        attempts,
+        locks,
+        raised,
+    )
+
+
+def _refusal(pid: int, why: int) -> Exception:
+    """Say why no signal was sent."""
+    if why == -1:
+        return kernel_thread(pid)
+    if why == ESRCH:
+        return no_such_process(pid, "it has ended")
+    if why == EPERM:
+        return PermissionError(
+            EPERM,
+            f"cannot kill pid {pid}: it belongs to another user and this "
+            "process has no CAP_KILL, or a security policy forbids it; "
+            "nothing was signalled",
+        )
+    return OSError(
+        why,
+        f"cannot kill pid {pid}: pidfd_send_signal failed: "
+        f"{os.strerror(why)}; nothing was signalled",
+    )
+
+
+def kernel_thread(pid: int) -> ValueError:
+    """Give the error for a process that is none."""
+    return ValueError(
+        f"pid {pid} is refused: it is a kernel thread, which has no memory "
+        "of its own and cannot be killed"
+    )
