@@ -1,0 +1,185 @@
+# `make` lists the targets.  Everything is set up on demand in .venv.
+
+# Which Python: make PYTHON=python3.12 test
+PYTHON ?= python3
+# More arguments, for pytest: make test ARGS="-k locks -x"
+ARGS ?=
+
+# What `make wheels` tests on; it builds on the first two.
+WHEEL_PYTHONS := 3.11 3.12 3.13
+WHEEL_ENVS := $(WHEEL_PYTHONS:%=build/python-%)
+
+# What `make vm` boots, by Debian suite: one before the system call, one after.
+VM_KERNELS ?= bullseye bookworm
+
+VENV := .venv
+PY := $(VENV)/bin/python
+C_FILES := $(wildcard src/*.c)
+H_FILES := $(wildcard src/*.h)
+TOOLS_C := $(wildcard tests/native/*.c bench/*.c)
+ALL_C := $(C_FILES) $(H_FILES) $(TOOLS_C)
+WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
+    -Wstrict-prototypes -Werror
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types analyze wheels bench-overhead vm clean
+.DELETE_ON_ERROR:
+# The Python that is run must be this tree's, whatever the shell has set.
+unexport PYTHONPATH PYTHONHOME
+
+help: ## list these targets
+	@echo "make TARGET, where TARGET is one of"
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 20
+
+demo: $(VENV)/built ## show it: two starved processes killed, one with mrelease
+	@echo "== mrelease demo"
+	@$(VENV)/bin/mrelease demo
+
+test: $(VENV)/built $(VENV)/group-test ## run the tests; ARGS=... for pytest
+	@echo "== pytest, in Python's development mode, warnings are errors"
+	@$(PY) -X dev -m pytest -W error $(ARGS)
+
+lint: $(VENV)/group-lint ## check the form of Python and C
+	@echo "== ruff, clang-format"
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/clang-format --dry-run --Werror $(ALL_C)
+
+format: $(VENV)/group-lint ## put Python and C into that form
+	@$(VENV)/bin/ruff check --fix --quiet || true
+	@$(VENV)/bin/ruff format
+	@$(VENV)/bin/clang-format -i $(ALL_C)
+
+types: $(VENV)/built $(VENV)/group-types ## check the types, and the stub
+	@echo "== mypy --strict"
+	@$(PY) -m mypy
+	@echo "== stubtest: the stub against the module as built"
+	@$(PY) -m mypy.stubtest --mypy-config-file pyproject.toml mrelease
+	@echo "== pyright: every public name has a complete type"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	    pyright --verifytypes mrelease --ignoreexternal
+
+analyze: ## compile with gcc, its analyser and clang; warnings are errors
+	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" gcc clang
+	@mkdir -p build/analyze
+	@include=$$($(PYTHON) -c \
+	    'import sysconfig; print(sysconfig.get_path("include"))') && \
+	for file in $(C_FILES) $(TOOLS_C); do \
+	    case $$file in tests/*) gnu= ;; *) gnu=-D_GNU_SOURCE ;; esac; \
+	    for cc in gcc "gcc -fanalyzer" clang; do \
+	        echo "== $$cc: $$file"; \
+	        $$cc $(WARNINGS) $$gnu -isystem "$$include" -Isrc \
+	            -c "$$file" -o build/analyze/out.o || exit 1; \
+	    done; \
+	done
+
+wheels: ## build the sdist, from it the wheels; audit and test them
+wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
+	@rm -rf dist build/sdist
+	@echo "== The sdist"
+	@$(PY) -m build --sdist --outdir dist >/dev/null
+	@mkdir -p build/sdist
+	@tar -xzf dist/mrelease-*.tar.gz --strip-components=1 -C build/sdist
+	@for v in $(wordlist 1,2,$(WHEEL_PYTHONS)); do \
+	    echo "== The wheel built by Python $$v from the sdist"; \
+	    build/python-$$v/bin/python -m pip wheel --quiet --no-deps \
+	        --wheel-dir dist dist/mrelease-*.tar.gz || exit 1; \
+	done
+	@ls -l dist
+	@echo "== Each under 100 KiB, one for 3.11, one for 3.12 and later"
+	@test -z "$$(find dist -name '*.whl' -size +100k)"
+	@ls dist/*-cp311-cp311-linux_*.whl dist/*-cp312-abi3-linux_*.whl
+	@echo "== twine, auditwheel, abi3audit"
+	@$(VENV)/bin/twine check --strict dist/*
+	@for wheel in dist/*.whl; do \
+	    $(VENV)/bin/auditwheel show "$$wheel" || exit 1; \
+	done
+	@$(VENV)/bin/abi3audit --strict --report dist/*-abi3-*.whl
+	@for v in $(WHEEL_PYTHONS); do \
+	    echo "== The wheel on Python $$v: the tests of the sdist"; \
+	    build/python-$$v/bin/python -m pip install --quiet --no-index \
+	        --no-deps --find-links dist mrelease || exit 1; \
+	    (cd build/sdist && ../python-$$v/bin/python -X dev -m pytest \
+	        -W error $(ARGS)) || exit 1; \
+	done
+
+bench-overhead: $(VENV)/built $(VENV)/group-bench ## what a call costs
+	@$(PY) bench/overhead.py $(ARGS)
+
+vm: $(VENV)/built $(VENV)/group-test ## run the tests on other kernels (QEMU)
+	@for kernel in $(VM_KERNELS); do \
+	    echo "== Booting the kernel of $$kernel"; \
+	    $(PY) tests/vm/run.py --kernel $$kernel $(ARGS) || exit 1; \
+	done
+
+clean: ## remove what the targets above made
+	rm -rf .venv build dist src/*.egg-info src/mrelease/*.so
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- Setting up -----------------------------------------------------------
+
+# Runs on whatever $(PYTHON) is, so it is written for all of them.
+define PREFLIGHT
+import os, shutil, sys
+python, tools = sys.argv[1], sys.argv[2:]
+v = "%d.%d" % sys.version_info[:2]
+if sys.version_info < (3, 11):
+    sys.exit("mrelease needs Python 3.11 or later, and " + python + " is "
+             + v + ". Name another one: make PYTHON=python3.12 ...")
+import importlib.util, sysconfig
+missing = []
+if importlib.util.find_spec("ensurepip") is None:
+    missing.append(("pip for virtual environments (ensurepip)",
+                    "python" + v + "-venv"))
+if not os.path.exists(sysconfig.get_path("include") + "/Python.h"):
+    missing.append(("the C headers (Python.h)", "python" + v + "-dev"))
+for tool in tools:
+    if shutil.which(tool) is None:
+        missing.append((tool, "gcc" if tool == "cc" else tool))
+if missing:
+    sys.exit("mrelease cannot be built with " + sys.executable
+             + ": missing " + ", ".join(m[0] for m in missing)
+             + ".\nOn Debian or Ubuntu, this installs it: apt-get install "
+             + " ".join(m[1] for m in missing))
+endef
+export PREFLIGHT
+
+# The name of the stamp has $(PYTHON) in it: another Python, another .venv.
+MADE := $(VENV)/made-with-$(subst /,_,$(PYTHON))
+$(MADE):
+	@command -v "$(PYTHON)" >/dev/null || { \
+	    echo "mrelease needs Python 3.11 or later: there is no $(PYTHON)." \
+	        "Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" cc
+	@echo "== Setting up $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PY) -m pip install --quiet --upgrade "pip>=25.1"
+	@touch $@
+
+# A fresh environment of Python 3.x for `make wheels`, each time.
+.PHONY: $(WHEEL_ENVS)
+$(WHEEL_ENVS): build/python-%:
+	@for python in "$(PYTHON$*)" python$* \
+	    "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$*.*/bin/python$*; do \
+	    if "$$python" -c 'import ensurepip' 2>/dev/null; then \
+	        echo "== Setting up $@ with $$python"; \
+	        "$$python" -m venv --clear $@ && \
+	        $@/bin/python -m pip install --quiet --upgrade "pip>=25.1" && \
+	        $@/bin/python -m pip install --quiet --group test; \
+	        exit; \
+	    fi; \
+	done; \
+	echo "The wheels need Python $*, with venv: install it, or name it:" \
+	    "make PYTHON$*=/path/to/python$* wheels" >&2; exit 1
+
+# One stamp a dependency group: a target installs what it needs, no more.
+$(VENV)/group-%: $(MADE) pyproject.toml
+	@echo "== Installing the $* tools into $(VENV)"
+	@$(PY) -m pip install --quiet --group $*
+	@touch $@
+
+$(VENV)/built: $(VENV)/group-build setup.py $(C_FILES) $(H_FILES)
+	@echo "== Building the extension"
+	@$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
