@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <poll.h>               /* ppoll() */
 #include <signal.h>             /* SIGKILL, SIGTERM */
+#include <sys/stat.h>           /* fstat() */
 #include <time.h>               /* clock_gettime() */
 
 #include "raise.h"
@@ -131,14 +132,17 @@ check_no_memory(struct reap *reap)
     return REAP_NEXT;
 }
 
+/* The memory is opened first: what the status then tells of is what it is. */
 static void
 read_footprint(struct reap *reap)
 {
-    reap->has_footprint = procfs_read_status(reap->pid, &reap->before) == 0;
     reap_finish(reap);
-    if (reap->has_footprint) {
-        pid_t user = reap->before.user;
-        reap->memory = procfs_open_memory(user != 0 ? user : reap->pid);
+    reap->memory = procfs_open_memory(reap->pid);
+    reap->has_footprint = procfs_read_status(reap->pid, &reap->before) == 0;
+    pid_t user = reap->has_footprint ? reap->before.user : 0;
+    if (user != 0 && user != reap->pid) {
+        reap_finish(reap);
+        reap->memory = procfs_open_memory(user);
     }
 }
 
@@ -154,9 +158,21 @@ forget_stranger(struct reap *reap)
     }
 }
 
+/* What to wait for on the fd that ends the grace.  A file of the kernel's can
+ * always be read, and tells of news by POLLPRI (a pressure trigger does).
+ */
+static short
+news_of(int fd)
+{
+    struct stat found;
+    bool is_file = fstat(fd, &found) == 0 && S_ISREG(found.st_mode);
+    return is_file ? POLLPRI : POLLIN | POLLPRI;
+}
+
 static enum reap_progress
 begin_grace(struct reap *reap)
 {
+    reap->escalate_events = news_of(reap->escalate_fd);
     read_footprint(reap);
     if (has_no_memory(reap)) {
         enum reap_progress progress = check_no_memory(reap);
@@ -185,7 +201,7 @@ wait_grace(struct reap *reap)
         }
         struct pollfd fds[2] = {
             {.fd = reap->pidfd, .events = POLLIN},
-            {.fd = reap->escalate_fd, .events = POLLIN | POLLPRI},
+            {.fd = reap->escalate_fd, .events = reap->escalate_events},
         };
         int n = wait_for(fds, 2, earlier(end, now + LONGEST_WAIT));
         if (n < 0) {
@@ -398,45 +414,32 @@ strike(struct reap *reap)
                       : release_only(reap, withhold);
 }
 
-/* The victim has ended.  Its memory went with it unless a process that is not
- * dying shares it, or somebody is just looking at it; that may pass (the child
- * of a vfork() calls exec, the reader of /proc/PID/maps is done).
+/* The victim has ended.  Its memory went with it, unless somebody else still
+ * uses it: a process that shares it, or a reader of /proc/PID/maps.  Then it
+ * goes when they let go of it, and nothing tells when that is done.
  */
 static enum reap_progress
-follow_memory(struct reap *reap)
+conclude(struct reap *reap)
 {
-    if (reap->deadline == 0) {
-        set_deadline(reap);
-    }
-    for (;;) {
-        enum procfs_memory memory = procfs_ask_memory(reap->memory);
-        bool gave_reason =
-            reap->outcome == REAP_LOCKED || reap->outcome == REAP_UNSUPPORTED;
-        if (reap->outcome == REAP_RELEASED || memory == PROCFS_MEMORY_UNUSED) {
-            reap->freed = true;
+    enum procfs_memory memory = procfs_ask_memory(reap->memory);
+
+    reap->freed =
+        reap->outcome == REAP_RELEASED || memory == PROCFS_MEMORY_UNUSED;
+    switch (reap->outcome) {
+    case REAP_RELEASED:
+    case REAP_LOCKED:
+    case REAP_UNSUPPORTED:
+        /* They tell more than how it ended. */
+        return REAP_DONE;
+    case REAP_SHARED:
+        if (memory == PROCFS_MEMORY_UNUSED) {
+            /* Who shared it may still be tearing it down. */
+            reap->freed = false;
         }
-        if (reap->outcome == REAP_RELEASED || gave_reason) {
-            /* these tell more than how it ended */
-        }
-        else if (memory == PROCFS_MEMORY_USED) {
-            reap->outcome = REAP_SHARED;
-        }
-        else if (memory == PROCFS_MEMORY_UNUSED ||
-                 reap->outcome != REAP_SHARED)
-        {
-            reap->outcome = REAP_EXITED;
-        }
-        int64_t now = reap_now();
-        if (reap->freed || memory == PROCFS_MEMORY_UNKNOWN || reap->hurried ||
-            now >= reap->deadline)
-        {
-            return REAP_DONE;
-        }
-        lengthen_pause(reap);
-        if (wait_for(NULL, 0, earlier(reap->deadline, now + reap->pause)) < 0)
-        {
-            return REAP_PAUSED;
-        }
+        return REAP_DONE;
+    default:
+        return done(reap,
+                    memory == PROCFS_MEMORY_USED ? REAP_SHARED : REAP_EXITED);
     }
 }
 
@@ -523,7 +526,7 @@ reap_run(struct reap *reap)
             progress = follow(reap);
             break;
         default:
-            progress = follow_memory(reap);
+            progress = conclude(reap);
             break;
         }
     } while (progress == REAP_NEXT);

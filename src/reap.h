@@ -73,6 +73,7 @@ struct reap {
 
     /* Where it is.  For reap.c alone; zero to begin with. */
     int step;
+    short escalate_events;
     bool hurried;
     bool tried_raise;
     bool retrying;

@@ -35,6 +35,16 @@ def no_such_process(pid: int, why: str) -> ProcessLookupError:
     return ProcessLookupError(ESRCH, f"cannot kill pid {pid}: {why}")
 
 
+def other_process(
+    pid: int, found: int | None, expected: int
+) -> ProcessLookupError:
+    """Give the error for a pid that another process has now."""
+    return no_such_process(
+        pid,
+        f"it is another process now (started at {found}, expected {expected})",
+    )
+
+
 def pid_of(process: HasPid | SupportsIndex) -> int:
     """Give the pid of a process; refuse what must never be killed.
 
@@ -106,7 +116,7 @@ def pin(
         return fd, pid
     try:
         if started is not None:
-            _confirm_start(pid, started)
+            _confirm_start(pid, fd, started)
         if not isinstance(process, int):
             _confirm_object(process, pid, fd)
     except BaseException:
@@ -161,23 +171,20 @@ def check_start(started: int | None) -> None:
         )
 
 
-def _confirm_start(pid: int, started: int) -> None:
+def _confirm_start(pid: int, fd: int, started: int) -> None:
     try:
         found = _mrelease.read_stat(pid)[0]
-    except (FileNotFoundError, ProcessLookupError):
-        if not os.path.exists("/proc/self/stat"):
-            raise OSError(
-                ENOENT,
-                f"cannot kill pid {pid}: whether it started at {started} "
-                "cannot be told, /proc is not mounted",
-            ) from None
-        raise no_such_process(pid, "it has ended") from None
+    except OSError as error:
+        if _mrelease.pidfd_state(fd) == "reaped":
+            raise no_such_process(pid, "it has ended") from None
+        raise OSError(
+            error.errno,
+            f"cannot kill pid {pid}: whether it started at {started} cannot "
+            f"be told, /proc/{pid}/stat cannot be read (/proc is not mounted, "
+            "or it hides the process: hidepid)",
+        ) from None
     if found != started:
-        raise no_such_process(
-            pid,
-            f"it is another process now (started at {found}, expected "
-            f"{started})",
-        )
+        raise other_process(pid, found, started)
 
 
 def _is_a(process: object, module: str, name: str) -> bool:

@@ -30,8 +30,9 @@ class Outcome(enum.Enum):
     of it by the deadline (EAGAIN), or the victim stands still in the middle
     of its own teardown."""
     SHARED = "shared"
-    """A process that is not dying shares the memory (CLONE_VM, vfork), which
-    lives on with it."""
+    """Somebody else uses the memory, and it lives on with them: a process
+    that shares it and is not dying (CLONE_VM, vfork), or a reader of
+    /proc/PID/maps."""
     DUMPING = "dumping"
     """A core dump is being written from the memory."""
     ALIVE = "alive"
@@ -78,7 +79,11 @@ class Release(Value):
     raised     whether the dying victim was given a better scheduling
 
     Shared memory and huge pages are not meant by freed: they come back when
-    the victim has ended, and only if nobody else holds them.
+    the victim has ended, and only if nobody else holds them.  And if somebody
+    else tears down the same memory at that very moment (a second killer, a
+    reader of /proc/PID/maps that comes to be its last user), what is in their
+    hands cannot be seen: at most some 10,000 pages, for as long as it takes
+    them to get on.
     """
 
     __slots__ = (  # noqa: RUF023

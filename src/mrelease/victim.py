@@ -13,6 +13,7 @@ from mrelease.footprint import Footprint
 from mrelease.process import (
     check_start,
     no_such_process,
+    other_process,
     pid_of,
     pin,
 )
@@ -28,12 +29,16 @@ if TYPE_CHECKING:
     from mrelease.release import Release
 
 
+_PIDFD_THREAD = os.O_EXCL  # pidfd_open(2), Linux 6.9
+
+
 class Victim:
     """A process, pinned: its pid may be reused, this stays with the process.
 
     process is a pid, or an object with a pid: subprocess.Popen,
     multiprocessing.Process, asyncio's, psutil's.  What such an object knows of
     its process (still a child, create time) is checked once the pidfd is open.
+    Of another Victim, the pidfd is duplicated.
 
     started is the start time that the process must have: field 22 of
     /proc/PID/stat, in clock ticks since boot.  Give it when the pid was read
@@ -54,6 +59,7 @@ class Victim:
         "_closing",
         "_fd",
         "_lock",
+        "_owner",
         "_pid",
         "_started",
         "_users",
@@ -66,8 +72,16 @@ class Victim:
     ) -> None:
         self._fd = -1
         check_start(started)
-        fd, pid = pin(process, started)
+        if isinstance(process, Victim):
+            # Its pid may be another process's by now, its pidfd is not.
+            with _Use(process) as theirs:
+                fd, pid = os.dup(theirs), process.pid
+        else:
+            fd, pid = pin(process, started)
         self._adopt(fd, pid)
+        if started is not None and self._started != started:
+            self.close()
+            raise other_process(pid, self._started, started)
 
     @classmethod
     def from_pidfd(cls, pidfd: HasFileno | int, /) -> Self:
@@ -109,10 +123,15 @@ class Victim:
             os.close(fd)
             raise
         self._pid = pid
+        self._closing = False
+        self._start_anew()
+        self._fd = fd
+
+    def _start_anew(self) -> None:
+        """Forget who uses the pidfd: here, in a new process, nobody does."""
+        self._owner = os.getpid()
         self._lock = allocate_lock()
         self._users = 0
-        self._closing = False
-        self._fd = fd
 
     @property
     def pid(self) -> int:
@@ -207,6 +226,8 @@ class Victim:
         """
         if self._fd < 0:
             return
+        if self._owner != os.getpid():
+            self._start_anew()
         with self._lock:
             self._closing = True
             if self._users == 0 and self._fd >= 0:
@@ -259,6 +280,8 @@ class _Use:
         victim = self.victim
         if victim._fd < 0:
             raise _closed()
+        if victim._owner != os.getpid():
+            victim._start_anew()
         with victim._lock:
             if victim._closing:
                 raise _closed()
@@ -267,6 +290,8 @@ class _Use:
 
     def __exit__(self, *exc: object) -> None:
         victim = self.victim
+        if victim._owner != os.getpid():
+            return  # forked during the call
         with victim._lock:
             victim._users -= 1
             if victim._closing and victim._users == 0:
@@ -307,6 +332,10 @@ def _pid_of_pidfd(fd: int, given: int) -> int:
             f"cannot tell which process pidfd {given} stands for: /proc is "
             "not mounted",
         ) from None
+    if int(lines.get("flags", "0"), 8) & _PIDFD_THREAD:
+        raise ValueError(
+            f"pidfd {given} stands for a thread, not for a process"
+        )
     if "Pid" not in lines:
         raise ValueError(f"file descriptor {given} is not a pidfd")
     pid = int(lines["Pid"])
@@ -320,13 +349,4 @@ def _pid_of_pidfd(fd: int, given: int) -> int:
             "pid namespace"
         )
     pid_of(pid)
-    try:
-        leader = _mrelease.read_footprint(pid)[0]
-    except OSError:
-        leader = pid
-    if leader != pid:
-        raise ValueError(
-            f"pidfd {given} stands for a thread of pid {leader}, not for a "
-            "process"
-        )
     return pid
