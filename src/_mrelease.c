@@ -205,6 +205,18 @@ footprint_tuple(const struct procfs_status *status)
                          (long long)status->swap, (long long)status->hugetlb);
 }
 
+PyDoc_STRVAR(proc_is_ours_doc,
+"proc_is_ours($module, /)\n"
+"--\n"
+"\n"
+"Whether /proc is mounted and is the one of the caller's pid namespace.");
+
+static PyObject *
+proc_is_ours(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    return PyBool_FromLong(procfs_is_ours());
+}
+
 PyDoc_STRVAR(read_footprint_doc,
 "read_footprint($module, pid, /)\n"
 "--\n"
@@ -435,6 +447,7 @@ static PyMethodDef methods[] = {
      METH_FASTCALL, process_mrelease_doc},
     {"pidfd_open", pidfd_open, METH_O, pidfd_open_doc},
     {"pidfd_state", pidfd_state, METH_O, pidfd_state_doc},
+    {"proc_is_ours", proc_is_ours, METH_NOARGS, proc_is_ours_doc},
     {"read_footprint", read_footprint, METH_O, read_footprint_doc},
     {"read_stat", read_stat, METH_O, read_stat_doc},
     {"look_at_locks", look_at_locks, METH_O, look_at_locks_doc},
@@ -507,10 +520,10 @@ PyModExport__mrelease(void)
 #else
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, (void *)(uintptr_t)module_exec},
-#  ifdef Py_mod_multiple_interpreters
+#  ifdef Py_MOD_PER_INTERPRETER_GIL_SUPPORTED
     {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
 #  endif
-#  ifdef Py_mod_gil
+#  ifdef Py_MOD_GIL_NOT_USED
     {Py_mod_gil, Py_MOD_GIL_NOT_USED},
 #  endif
     {0, NULL},

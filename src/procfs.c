@@ -21,10 +21,27 @@
 #define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000
 
+bool
+procfs_is_ours(void)
+{
+    /* Our number, as that /proc has it. */
+    char self[16];
+    ssize_t n = readlink("/proc/self", self, sizeof(self) - 1);
+    if (n <= 0) {
+        return false;
+    }
+    self[n] = '\0';
+    return strtol(self, NULL, 10) == getpid();
+}
+
 static int
 open_proc(pid_t pid, const char *name, int flags)
 {
     char path[PATH_SIZE];
+    if (!procfs_is_ours()) {
+        errno = ENOENT;
+        return -1;
+    }
     snprintf(path, sizeof(path), "/proc/%d/%s", (int)pid, name);
     return open(path, O_RDONLY | O_CLOEXEC | flags);
 }

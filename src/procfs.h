@@ -6,7 +6,9 @@
  *
  * A path with a pid in it names whoever has that pid at the moment of open().
  * Callers hold a pidfd: what was read is about the right process if the pidfd
- * shows afterwards that it had not been waited for yet.
+ * shows afterwards that it had not been waited for yet.  A /proc of another
+ * pid namespace names others by the same numbers: nothing is read there, as if
+ * none were mounted.
  */
 
 #ifndef MRELEASE_PROCFS_H
@@ -15,6 +17,10 @@
 #include <stdbool.h>
 #include <stdint.h>             /* int64_t */
 #include <sys/types.h>          /* pid_t, ssize_t */
+
+/* Is /proc mounted, and do its numbers mean what ours mean? */
+bool
+procfs_is_ours(void);
 
 /* Memory is in bytes. */
 struct procfs_status {

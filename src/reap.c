@@ -234,8 +234,13 @@ look(struct reap *reap)
 {
     read_footprint(reap);
     if (reap->protect) {
-        reap->locks = locks_look(
-            reap->pid, reap->has_footprint ? reap->before.threads : 0);
+        int threads = reap->has_footprint ? reap->before.threads : 0;
+        reap->locks = locks_look(reap->pid, threads);
+        if (reap->locks == LOCKS_UNKNOWN && reap->memory >= 0) {
+            /* The right is there, so it was the last file descriptor. */
+            reap_finish(reap);
+            reap->locks = locks_look(reap->pid, threads);
+        }
     }
     if (reap->has_footprint) {
         reap->until_end =

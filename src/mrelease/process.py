@@ -181,7 +181,7 @@ def _confirm_start(pid: int, fd: int, started: int) -> None:
             error.errno,
             f"cannot kill pid {pid}: whether it started at {started} cannot "
             f"be told, /proc/{pid}/stat cannot be read (/proc is not mounted, "
-            "or it hides the process: hidepid)",
+            "hides the process (hidepid), or is of another pid namespace)",
         ) from None
     if found != started:
         raise other_process(pid, found, started)

@@ -97,7 +97,7 @@ def carry_out(
         send,
     )
     if isinstance(result, int):
-        raise _refusal(pid, result)
+        raise refusal(pid, result)
     (
         outcome,
         freed,
@@ -127,7 +127,7 @@ def carry_out(
     )
 
 
-def _refusal(pid: int, why: int) -> Exception:
+def refusal(pid: int, why: int) -> Exception:
     """Say why no signal was sent."""
     if why == -1:
         return kernel_thread(pid)

@@ -64,7 +64,8 @@ class Release(Value):
                only the end of the victim can bring it back (EXITED, LOCKED,
                UNSUPPORTED) and the caller may not trace the victim (ptrace(2),
                PTRACE_MODE_ATTACH), it is False: whether somebody shares the
-               memory is not known then
+               memory is not known then.  A victim that had ended before the
+               call held nothing: True, of a footprint of zero
     footprint  its memory just before the kill; None if /proc could not be read
     terminated, signalled, released, exited
                when SIGTERM was sent, when SIGKILL was sent, when the release
@@ -74,16 +75,17 @@ class Release(Value):
                called
     attempts   how often process_mrelease(2) was called
     locks      'free': no robust lock was held; 'held'; 'unknown': the caller
-               may not look into the victim, it was released all the same;
-               'ignored': not looked for
+               may not look into the victim, or had no file descriptor left to
+               look at its threads; it was released all the same; 'ignored':
+               not looked for
     raised     whether the dying victim was given a better scheduling
 
     Shared memory and huge pages are not meant by freed: they come back when
-    the victim has ended, and only if nobody else holds them.  And if somebody
-    else tears down the same memory at that very moment (a second killer, a
-    reader of /proc/PID/maps that comes to be its last user), what is in their
-    hands cannot be seen: at most some 10,000 pages, for as long as it takes
-    them to get on.
+    the victim has ended, and only if nobody else holds them.  What nobody can
+    see is memory that somebody else tears down at that very moment: a second
+    killer that releases the same victim (at most some 10,000 pages), or a
+    process that shared the memory, outlived the victim and was killed as well.
+    It is back as soon as they get on.
     """
 
     __slots__ = (  # noqa: RUF023

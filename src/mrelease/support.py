@@ -354,6 +354,14 @@ def _proc(status: _Status) -> Feature:
             "/proc is not mounted: no footprint, no start times, no causes",
             "Mount it: mount -t proc proc /proc",
         )
+    if not _mrelease.proc_is_ours():
+        return Feature(
+            "proc",
+            False,
+            "/proc is of another pid namespace, where pids mean others: it "
+            "is not used",
+            "Mount one of this namespace: mount -t proc proc /proc",
+        )
     # hidepid hides other users' processes from /proc
     if not os.path.exists("/proc/1/stat"):
         return Feature(

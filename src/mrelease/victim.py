@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from _thread import allocate_lock
-from errno import EBADF, ESRCH
+from errno import EBADF, ENOENT, ESRCH
 from time import monotonic_ns
 
 from mrelease import _mrelease
@@ -319,6 +319,12 @@ def _start_of(fd: int, pid: int) -> int | None:
 
 def _pid_of_pidfd(fd: int, given: int) -> int:
     """Find the pid of a pidfd; given is the number to name in errors."""
+    if not _mrelease.proc_is_ours():
+        raise OSError(
+            ENOENT,
+            f"cannot tell which process pidfd {given} stands for: /proc is "
+            "not mounted, or is of another pid namespace",
+        )
     try:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
             lines = dict(
@@ -329,8 +335,8 @@ def _pid_of_pidfd(fd: int, given: int) -> int:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot tell which process pidfd {given} stands for: /proc is "
-            "not mounted",
+            f"cannot tell which process pidfd {given} stands for: "
+            f"{error.strerror}",
         ) from None
     if int(lines.get("flags", "0"), 8) & _PIDFD_THREAD:
         raise ValueError(
