@@ -13,6 +13,7 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <fcntl.h>              /* F_DUPFD_CLOEXEC */
 #include <limits.h>             /* INT_MAX */
 #include <poll.h>               /* poll() */
 #include <stdbool.h>
@@ -29,6 +30,7 @@
 /* The state of one module object: one an interpreter. */
 typedef struct {
     PyObject *audit;            /* sys.audit: PySys_Audit() is 3.13's */
+    PyObject *pidfd_type;
 } module_state;
 
 static module_state *
@@ -147,24 +149,157 @@ process_mrelease(PyObject *Py_UNUSED(module), PyObject *const *args,
     }
 }
 
+/* A pidfd that is closed when nobody refers to it any more.
+ *
+ * The number of a closed file descriptor is soon another file's, and who still
+ * meant to kill through it would hit a stranger.  So a call holds a reference:
+ * what closes a Victim in one thread drops the Victim's, not the call's.
+ */
+struct pidfd {
+    int fd;
+};
+
+#if PY_VERSION_HEX >= 0x030c0000
+/* PEP 697: the stable ABI of free-threaded Python hides PyObject. */
+#  define PIDFD_SIZE (-(int)sizeof(struct pidfd))
+
+static struct pidfd *
+pidfd_of(PyObject *self)
+{
+    return (struct pidfd *)PyObject_GetTypeData(self, Py_TYPE(self));
+}
+#else
+struct pidfd_object {
+    PyObject_HEAD struct pidfd pidfd;
+};
+#  define PIDFD_SIZE ((int)sizeof(struct pidfd_object))
+
+static struct pidfd *
+pidfd_of(PyObject *self)
+{
+    return &((struct pidfd_object *)self)->pidfd;
+}
+#endif
+
+/* Takes over the fd, also when it fails. */
+static PyObject *
+pidfd_new(PyObject *module, int fd)
+{
+    PyTypeObject *type = (PyTypeObject *)get_state(module)->pidfd_type;
+    PyObject *self = PyType_GenericAlloc(type, 0);
+    if (self == NULL) {
+        close(fd);
+        return NULL;
+    }
+    pidfd_of(self)->fd = fd;
+    return self;
+}
+
+PyDoc_STRVAR(pidfd_fileno_doc,
+"fileno($self, /)\n"
+"--\n"
+"\n"
+"The file descriptor.  Raises ValueError after close().");
+
+static PyObject *
+pidfd_fileno(PyObject *self, PyObject *Py_UNUSED(args))
+{
+    int fd = pidfd_of(self)->fd;
+    if (fd < 0) {
+        PyErr_SetString(PyExc_ValueError, "this pidfd is closed");
+        return NULL;
+    }
+    return PyLong_FromLong(fd);
+}
+
+PyDoc_STRVAR(pidfd_close_doc,
+"close($self, /)\n"
+"--\n"
+"\n"
+"Close it now.  For who knows that nobody else uses it.");
+
+static PyObject *
+pidfd_close(PyObject *self, PyObject *Py_UNUSED(args))
+{
+    int fd = pidfd_of(self)->fd;
+    pidfd_of(self)->fd = -1;
+    if (fd >= 0) {
+        close(fd);
+    }
+    Py_RETURN_NONE;
+}
+
+static void
+pidfd_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc free_self = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    int fd = pidfd_of(self)->fd;
+    if (fd >= 0) {
+        close(fd);
+    }
+    free_self(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef pidfd_methods[] = {
+    {"fileno", pidfd_fileno, METH_NOARGS, pidfd_fileno_doc},
+    {"close", pidfd_close, METH_NOARGS, pidfd_close_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot pidfd_slots[] = {
+    {Py_tp_doc, "A pidfd, closed when nobody refers to it any more."},
+    {Py_tp_dealloc, (void *)(uintptr_t)pidfd_dealloc},
+    {Py_tp_methods, pidfd_methods},
+    {0, NULL},
+};
+
+static PyType_Spec pidfd_spec = {
+    .name = MODULE_NAME ".Pidfd",
+    .basicsize = PIDFD_SIZE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+             Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = pidfd_slots,
+};
+
 PyDoc_STRVAR(pidfd_open_doc,
 "pidfd_open($module, pid, /)\n"
 "--\n"
 "\n"
-"A new pidfd for the process: pidfd_open(2), Linux 5.3.\n"
+"A new Pidfd for the process: pidfd_open(2), Linux 5.3.\n"
 "\n"
 "Not os.pidfd_open(), which a Python that was built on an old system lacks.\n"
 "Raises OSError by errno.");
 
 static PyObject *
-pidfd_open(PyObject *Py_UNUSED(module), PyObject *arg)
+pidfd_open(PyObject *module, PyObject *arg)
 {
     long long pid = as_number(arg, "pid", 1, INT_MAX);
     if (pid == -1) {
         return NULL;
     }
     int fd = sys_pidfd_open((pid_t)pid);
-    return fd < 0 ? raise_errno(errno) : PyLong_FromLong(fd);
+    return fd < 0 ? raise_errno(errno) : pidfd_new(module, fd);
+}
+
+PyDoc_STRVAR(pidfd_dup_doc,
+"pidfd_dup($module, pidfd, /)\n"
+"--\n"
+"\n"
+"A new Pidfd for the process of an open one, given by number or object.\n"
+"\n"
+"Raises OSError by errno; what kind of file it is is not looked at.");
+
+static PyObject *
+pidfd_dup(PyObject *module, PyObject *arg)
+{
+    int given = as_fd(arg);
+    if (given == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    int fd = fcntl(given, F_DUPFD_CLOEXEC, 0);
+    return fd < 0 ? raise_errno(errno) : pidfd_new(module, fd);
 }
 
 PyDoc_STRVAR(pidfd_state_doc,
@@ -233,7 +368,10 @@ read_footprint(PyObject *Py_UNUSED(module), PyObject *arg)
     if (pid == -1) {
         return NULL;
     }
-    int err = procfs_read_status((pid_t)pid, &status);
+    int err;
+    Py_BEGIN_ALLOW_THREADS
+    err = procfs_read_status((pid_t)pid, &status);
+    Py_END_ALLOW_THREADS
     if (err != 0) {
         return raise_errno(err);
     }
@@ -256,7 +394,10 @@ read_stat(PyObject *Py_UNUSED(module), PyObject *arg)
     if (pid == -1) {
         return NULL;
     }
-    int err = procfs_read_stat((pid_t)pid, &stat);
+    int err;
+    Py_BEGIN_ALLOW_THREADS
+    err = procfs_read_stat((pid_t)pid, &stat);
+    Py_END_ALLOW_THREADS
     if (err != 0) {
         return raise_errno(err);
     }
@@ -283,12 +424,13 @@ static PyObject *
 look_at_locks(PyObject *Py_UNUSED(module), PyObject *arg)
 {
     enum locks locks;
+    bool no_fd;
     long long pid = as_number(arg, "pid", 1, INT_MAX);
     if (pid == -1) {
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    locks = locks_look((pid_t)pid, 0);
+    locks = locks_look((pid_t)pid, 0, &no_fd);
     Py_END_ALLOW_THREADS
     return PyUnicode_FromString(lock_names[locks]);
 }
@@ -338,14 +480,15 @@ reap_tuple(const struct reap *reap)
 }
 
 PyDoc_STRVAR(reap_doc,
-"reap($module, pidfd, pid, begun, grace, timeout, alarm, protect, send, /)\n"
+"reap($module, pidfd, pid, begun, grace, timeout, escalate, locks, send, /)\n"
 "--\n"
 "\n"
 "The kill protocol for one pidfd, in the calling thread, without the GIL.\n"
 "\n"
 "begun is a time, grace and timeout are durations, all in nanoseconds of\n"
-"time.monotonic_ns(); alarm is a file descriptor or -1; protect: withhold\n"
-"the release if robust locks are held; send: kill (else only release).\n"
+"time.monotonic_ns(); escalate is a file descriptor or -1; locks: look at\n"
+"them, and withhold the release if any are held; send: kill (else only\n"
+"release).\n"
 "\n"
 "Returns an errno if nothing was sent (-1: it is a kernel thread), else\n"
 "(outcome, freed, footprint, terminated, signalled, released, exited, errno,\n"
@@ -446,6 +589,7 @@ static PyMethodDef methods[] = {
     {"process_mrelease", (PyCFunction)(void (*)(void))process_mrelease,
      METH_FASTCALL, process_mrelease_doc},
     {"pidfd_open", pidfd_open, METH_O, pidfd_open_doc},
+    {"pidfd_dup", pidfd_dup, METH_O, pidfd_dup_doc},
     {"pidfd_state", pidfd_state, METH_O, pidfd_state_doc},
     {"proc_is_ours", proc_is_ours, METH_NOARGS, proc_is_ours_doc},
     {"read_footprint", read_footprint, METH_O, read_footprint_doc},
@@ -459,19 +603,28 @@ static PyMethodDef methods[] = {
 static int
 module_exec(PyObject *module)
 {
+    module_state *state = get_state(module);
     PyObject *sys = PyImport_ImportModule("sys");
     if (sys == NULL) {
         return -1;
     }
-    get_state(module)->audit = PyObject_GetAttrString(sys, "audit");
+    state->audit = PyObject_GetAttrString(sys, "audit");
     Py_DECREF(sys);
-    return get_state(module)->audit == NULL ? -1 : 0;
+    if (state->audit == NULL) {
+        return -1;
+    }
+    state->pidfd_type = PyType_FromModuleAndSpec(module, &pidfd_spec, NULL);
+    if (state->pidfd_type == NULL) {
+        return -1;
+    }
+    return PyModule_AddType(module, (PyTypeObject *)state->pidfd_type);
 }
 
 static int
 module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     Py_VISIT(get_state(module)->audit);
+    Py_VISIT(get_state(module)->pidfd_type);
     return 0;
 }
 
@@ -479,6 +632,7 @@ static int
 module_clear(PyObject *module)
 {
     Py_CLEAR(get_state(module)->audit);
+    Py_CLEAR(get_state(module)->pidfd_type);
     return 0;
 }
 

@@ -55,9 +55,8 @@ look_at_batch(struct batch *batch)
         unsigned long left = (unsigned long)(batch->count - first);
         ssize_t n = process_vm_readv(batch->tid[first], local + first, left,
                                      remote + first, left, 0);
-        if (n < 0 && errno != ESRCH && errno != EFAULT) {
+        if (n < 0 && errno != ESRCH) {
             found = LOCKS_UNKNOWN;
-            break;
         }
         int whole = n < 0 ? 0 : (int)((size_t)n / sizeof(struct head));
         for (int i = first; i < first + whole; i++) {
@@ -68,10 +67,9 @@ look_at_batch(struct batch *batch)
         }
         first += whole;
         if (first < batch->count) {
-            /* ESRCH: this thread has let go of the memory, and its locks
-             * were handed on before; the others are read through the next.
-             * EFAULT: its head cannot be read, nor could the kernel do so at
-             * the end of the thread, so there is nothing to hand on.
+            /* This one could not be read.  If that was for ESRCH, the thread
+             * has let go of the memory, and its locks were handed on before.
+             * The others are read through the next thread.
              */
             first++;
         }
@@ -110,42 +108,50 @@ add_thread(struct batch *batch, pid_t tid, bool *registered)
     return LOCKS_FREE;
 }
 
+/* The threads of /proc/PID/task. */
+static enum locks
+look_at_threads(pid_t pid, int threads, struct batch *batch, bool *registered,
+                bool *no_fd)
+{
+    struct procfs_tasks tasks;
+    enum locks found = LOCKS_FREE;
+    int seen = 0;
+    pid_t tid = 0;
+
+    int err = procfs_tasks_open(&tasks, pid);
+    if (err != 0) {
+        *no_fd = err == EMFILE || err == ENFILE;
+        /* The leader may still be known to hold one. */
+        add_thread(batch, pid, registered);
+        return LOCKS_UNKNOWN;
+    }
+    while (found != LOCKS_HELD && (tid = procfs_tasks_next(&tasks)) > 0) {
+        seen++;
+        found = worse(found, add_thread(batch, tid, registered));
+        if (batch->count == BATCH) {
+            found = worse(found, look_at_batch(batch));
+        }
+    }
+    procfs_tasks_close(&tasks);
+    /* The kernel's walk may pass over threads while others end. */
+    return tid < 0 || seen < threads ? worse(found, LOCKS_UNKNOWN) : found;
+}
+
 enum locks
-locks_look(pid_t pid, int threads)
+locks_look(pid_t pid, int threads, bool *no_fd)
 {
     struct batch batch = {.count = 0};
-    struct procfs_tasks tasks;
-    enum locks found;
     bool registered = false;
 
-    if (threads == 1) {
-        found = add_thread(&batch, pid, &registered);
-    }
-    else if (procfs_tasks_open(&tasks, pid) != 0) {
-        /* The leader may still be known to hold one. */
-        add_thread(&batch, pid, &registered);
-        found = LOCKS_UNKNOWN;
-    }
-    else {
-        pid_t tid;
-        found = LOCKS_FREE;
-        while (found != LOCKS_HELD && (tid = procfs_tasks_next(&tasks)) != 0) {
-            found = worse(found, add_thread(&batch, tid, &registered));
-            if (batch.count == BATCH) {
-                found = worse(found, look_at_batch(&batch));
-            }
-        }
-        procfs_tasks_close(&tasks);
-    }
+    *no_fd = false;
+    enum locks found = threads == 1 ? add_thread(&batch, pid, &registered)
+                                    : look_at_threads(pid, threads, &batch,
+                                                      &registered, no_fd);
     if (found != LOCKS_HELD && batch.count > 0) {
         found = worse(found, look_at_batch(&batch));
     }
-    /* A 32-bit thread registers its list where get_robust_list() of a 64-bit
-     * caller does not look.
-     */
-    if (found == LOCKS_FREE && !registered && sizeof(void *) == 8 &&
-        procfs_is_32bit(pid))
-    {
+    /* get_robust_list() shows lists of the caller's own word size only. */
+    if (found == LOCKS_FREE && !registered && !procfs_has_our_words(pid)) {
         found = LOCKS_UNKNOWN;
     }
     return found;

@@ -10,6 +10,7 @@
 #ifndef MRELEASE_LOCKS_H
 #define MRELEASE_LOCKS_H
 
+#include <stdbool.h>
 #include <sys/types.h>          /* pid_t */
 
 enum locks {
@@ -19,6 +20,7 @@ enum locks {
 };
 
 /* Look at every thread of `pid`, which has `threads` of them (0: not known).
+ * `no_fd` is set if it is not known for want of a file descriptor.
  *
  * Needs the right to trace the process (ptrace(2), PTRACE_MODE_ATTACH).  It
  * reads three words a thread from the victim's memory, for which the kernel
@@ -26,6 +28,6 @@ enum locks {
  * victim that holds that lock for writing.
  */
 enum locks
-locks_look(pid_t pid, int threads);
+locks_look(pid_t pid, int threads, bool *no_fd);
 
 #endif /* MRELEASE_LOCKS_H */

@@ -1,13 +1,14 @@
 #include "probe.h"
 
 #include <errno.h>
+#include <fcntl.h>              /* O_CLOEXEC */
+#include <sched.h>              /* sched_setaffinity() */
 #include <signal.h>             /* sigprocmask() */
 #include <string.h>             /* memset() */
 #include <sys/resource.h>       /* RLIMIT_CORE */
 #include <sys/uio.h>            /* process_vm_readv() */
 #include <sys/wait.h>           /* waitid() */
 #include <unistd.h>             /* pipe2(), _exit() */
-#include <fcntl.h>              /* O_CLOEXEC */
 
 #include "syscalls.h"
 
@@ -54,25 +55,49 @@ try_process_vm_readv(void)
                                                                     : 0;
 }
 
+/* Thread ids are below 2**22. */
+#define NO_THREAD 0x7fffffff
+
+static int
+unless_no_thread(int rc)
+{
+    return rc < 0 && errno != ESRCH ? errno : 0;
+}
+
+static int
+try_sched_getattr(void)
+{
+    struct sys_sched_attr attr;
+    return unless_no_thread(sys_sched_getattr(NO_THREAD, &attr));
+}
+
 static int
 try_sched_setattr(void)
 {
-    /* Thread ids are below 2**22: there is no such thread. */
     struct sys_sched_attr attr;
     memset(&attr, 0, sizeof(attr));
     attr.size = sizeof(attr);
-    return sys_sched_setattr(0x7fffffff, &attr) < 0 && errno != ESRCH ? errno
-                                                                      : 0;
+    return unless_no_thread(sys_sched_setattr(NO_THREAD, &attr));
+}
+
+static int
+try_sched_setaffinity(void)
+{
+    cpu_set_t all;
+    memset(&all, 0xff, sizeof(all));
+    return unless_no_thread(sched_setaffinity(NO_THREAD, sizeof(all), &all));
 }
 
 const char *const probe_names[PROBE_CALLS] = {
-    "process_mrelease", "pidfd_open",       "pidfd_send_signal",
-    "get_robust_list",  "process_vm_readv", "sched_setattr",
+    "process_mrelease", "pidfd_open",        "pidfd_send_signal",
+    "get_robust_list",  "process_vm_readv",  "sched_getattr",
+    "sched_setattr",    "sched_setaffinity",
 };
 
 static int (*const tries[PROBE_CALLS])(void) = {
-    try_process_mrelease, try_pidfd_open,       try_pidfd_send_signal,
-    try_get_robust_list,  try_process_vm_readv, try_sched_setattr,
+    try_process_mrelease, try_pidfd_open,        try_pidfd_send_signal,
+    try_get_robust_list,  try_process_vm_readv,  try_sched_getattr,
+    try_sched_setattr,    try_sched_setaffinity,
 };
 
 /* In the child: make the calls from `first` on, and write what each gave. */
@@ -114,7 +139,7 @@ probe_in_child(int first, int results[PROBE_CALLS])
     int ends[2];
     int filled = first;
 
-    if (pipe2(ends, O_CLOEXEC) < 0) {
+    if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0) {
         return first;
     }
     pid_t pid = fork_quietly();
@@ -123,22 +148,21 @@ probe_in_child(int first, int results[PROBE_CALLS])
     }
     close(ends[1]);
     if (pid > 0) {
+        /* It writes less than a pipe holds, so it ends without a reader.  No
+         * reading to the end: a fork() elsewhere may keep the pipe open.
+         */
         siginfo_t info;
-        ssize_t n;
-        while (filled < PROBE_CALLS) {
-            n = read(ends[0], &results[filled], sizeof(int));
-            if (n == (ssize_t)sizeof(int)) {
-                filled++;
-            }
-            else if (n >= 0 || errno != EINTR) {
-                break;
-            }
-        }
-        while (waitid(P_PID, (id_t)pid, &info, WEXITED | __WALL) < 0 &&
-               errno == EINTR)
+        int rc;
+        do {
+            rc = waitid(P_PID, (id_t)pid, &info, WEXITED | __WALL);
+        } while (rc < 0 && errno == EINTR);
+        while (rc == 0 && filled < PROBE_CALLS &&
+               read(ends[0], &results[filled], sizeof(int)) ==
+                   (ssize_t)sizeof(int))
         {
+            filled++;
         }
-        if (filled < PROBE_CALLS) {
+        if (rc == 0 && filled < PROBE_CALLS) {
             results[filled++] = PROBE_KILLED;
         }
     }

@@ -9,7 +9,7 @@
 
 #include <stdbool.h>
 
-#define PROBE_CALLS 6
+#define PROBE_CALLS 8
 #define PROBE_KILLED (-1)       /* the caller of this call is killed */
 #define PROBE_UNKNOWN (-2)      /* no child could be made */
 

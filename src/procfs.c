@@ -1,6 +1,5 @@
 #include "procfs.h"
 
-#include <elf.h>                /* EI_CLASS */
 #include <errno.h>
 #include <fcntl.h>              /* open() */
 #include <signal.h>             /* SIGKILL */
@@ -96,9 +95,8 @@ take_line(struct procfs_status *status, const char *line, bool *has_mm)
         if ((value = value_of(line, "State:\t")) != NULL) {
             status->state = value[0];
         }
-        else if ((value = value_of(line, "SigPnd:")) != NULL ||
-                 (value = value_of(line, "ShdPnd:")) != NULL)
-        {
+        /* Not SigPnd: execve() by another thread sets SIGKILL there. */
+        else if ((value = value_of(line, "ShdPnd:")) != NULL) {
             unsigned long long pending = strtoull(value, NULL, 16);
             status->kill_pending |= (pending >> (SIGKILL - 1)) & 1;
         }
@@ -166,7 +164,7 @@ take_memory_of_threads(pid_t pid, struct procfs_status *status)
     if (procfs_tasks_open(&tasks, pid) != 0) {
         return;
     }
-    while (status->user == 0 && (tid = procfs_tasks_next(&tasks)) != 0) {
+    while (status->user == 0 && (tid = procfs_tasks_next(&tasks)) > 0) {
         struct procfs_status thread;
         char path[PATH_SIZE];
         snprintf(path, sizeof(path), "%d/status", (int)tid);
@@ -206,13 +204,18 @@ static bool
 tells_dying(char state, unsigned long flags, long long threads,
             long long exit_code)
 {
+    int number = (int)(exit_code & 0x7f);
+    if (number == SIGSTOP || number == SIGTSTP || number == SIGTTIN ||
+        number == SIGTTOU)
+    {
+        return false;           /* what stopped it stands there too */
+    }
     if (state == 'T' || state == 't') {
-        /* What stopped it stands in the same field. */
-        return exit_code == SIGKILL;
+        return exit_code == SIGKILL;    /* as does what a tracer stopped */
     }
     if (threads > 1) {
         /* The leader may have ended alone; then its code is no signal. */
-        return (exit_code & 0x7f) != 0;
+        return number != 0;
     }
     return state == 'Z' || state == 'X' || (flags & PF_EXITING) ||
            exit_code != 0;
@@ -288,16 +291,24 @@ procfs_ask_memory(int fd)
 }
 
 bool
-procfs_is_32bit(pid_t pid)
+procfs_has_our_words(pid_t pid)
 {
-    unsigned char ident[EI_NIDENT];
-    int fd = open_proc(pid, "exe", 0);
+    /* Two entries of 64 bits, or four of 32: type and value, type and value.
+     * Types are small numbers, so in an entry of 64 bits the upper half of
+     * the type is empty; of 32, it holds a value, or the type itself.
+     */
+    uint64_t words[4];
+    int fd = open_proc(pid, "auxv", 0);
     if (fd < 0) {
         return false;
     }
-    ssize_t n = read(fd, ident, sizeof(ident));
+    ssize_t n = read(fd, words, sizeof(words));
     close(fd);
-    return n == (ssize_t)sizeof(ident) && ident[EI_CLASS] == ELFCLASS32;
+    if (n != (ssize_t)sizeof(words)) {
+        return false;
+    }
+    bool is_64bit = words[0] >> 32 == 0 && words[2] >> 32 == 0;
+    return is_64bit == (sizeof(void *) == 8);
 }
 
 /* struct linux_dirent64: no header has it. */
@@ -327,8 +338,9 @@ procfs_tasks_next(struct procfs_tasks *tasks)
             tasks->have = syscall(SYS_getdents64, tasks->fd, tasks->buffer,
                                   sizeof(tasks->buffer));
             if (tasks->have <= 0) {
+                pid_t end = tasks->have < 0 ? -1 : 0;
                 tasks->have = 0;
-                return 0;
+                return end;
             }
         }
         const struct entry *entry =

@@ -1,8 +1,8 @@
 /* What /proc/PID says about a process, read without touching its memory map.
  *
- * Only status, stat and the list of threads are read: they neither pin the
- * address space for long nor wait for its lock, so they are harmless beside a
- * kill (cmdline, environ, maps and smaps are not).
+ * Only status, stat, auxv and the list of threads are read: they come from the
+ * kernel's own memory and wait for no lock of the victim's, so they are
+ * harmless beside a kill (cmdline, environ, maps and smaps are not).
  *
  * A path with a pid in it names whoever has that pid at the moment of open().
  * Callers hold a pidfd: what was read is about the right process if the pidfd
@@ -34,7 +34,7 @@ struct procfs_status {
     int threads;
     char state;                 /* R S D T t Z X I */
     bool dumping;               /* a core dump is being written */
-    bool kill_pending;          /* SIGKILL waits for a thread */
+    bool kill_pending;          /* SIGKILL was sent to it */
 };
 
 /* 0, or an errno: ENOENT or ESRCH when there is no such process. */
@@ -72,9 +72,9 @@ enum procfs_memory {
 enum procfs_memory
 procfs_ask_memory(int fd);
 
-/* Is the program of this process a 32-bit one?  false when unreadable. */
+/* Is it a program of our own word size?  false also when that is not known. */
 bool
-procfs_is_32bit(pid_t pid);
+procfs_has_our_words(pid_t pid);
 
 /* The threads of a process, without allocation. */
 struct procfs_tasks {
@@ -88,7 +88,7 @@ struct procfs_tasks {
 int
 procfs_tasks_open(struct procfs_tasks *tasks, pid_t pid);
 
-/* A thread id, or 0 at the end. */
+/* A thread id, 0 at the end, or -1 if the list cannot be read on. */
 pid_t
 procfs_tasks_next(struct procfs_tasks *tasks);
 

@@ -117,7 +117,7 @@ raise_victim(int pidfd, pid_t pid)
      */
     if (sys_pidfd_send_signal(pidfd, 0) == 0) {
         memset(&all, 0xff, sizeof(all));
-        while ((tid = procfs_tasks_next(&tasks)) != 0) {
+        while ((tid = procfs_tasks_next(&tasks)) > 0) {
             raised |= raise_thread(&tasks, tid, &from, &all);
         }
     }

@@ -27,7 +27,6 @@
 #define PAUSE_FIRST (MS / 2)
 #define PAUSE_LAST (8 * MS)
 
-/* A signal that arrives just before a wait does not interrupt it. */
 #define LONGEST_WAIT (250 * MS)
 
 enum { BEGIN, GRACE, STRIKE, FOLLOW, ENDED };
@@ -68,10 +67,23 @@ wait_for(struct pollfd *fds, nfds_t count, int64_t until)
     return ppoll(fds, count, &timeout, NULL);
 }
 
+/* After a wait that returned n: should the caller look at its signals?  At
+ * the latest after a while, since a signal that arrives just before a wait
+ * does not interrupt it.
+ */
+static bool
+is_pause_due(const struct reap *reap, int n)
+{
+    return n < 0 || (n == 0 && reap_now() - reap->entered >= LONGEST_WAIT);
+}
+
 static void
 set_deadline(struct reap *reap)
 {
-    int64_t from = reap->signalled != 0 ? reap->signalled : reap_now();
+    int64_t from = reap->begun;
+    if (reap->send) {
+        from = reap->signalled != 0 ? reap->signalled : reap_now();
+    }
     reap->deadline = after(from, reap->timeout);
 }
 
@@ -117,13 +129,51 @@ has_no_memory(const struct reap *reap)
     return reap->has_footprint && reap->before.user == 0;
 }
 
+/* The victim has ended.  Its memory went with it, unless somebody else still
+ * uses it: a process that shares it, or for a moment a reader of /proc.  When
+ * they let go of it they tear it down, and nothing tells when that is done.
+ */
+static enum reap_progress
+conclude(struct reap *reap)
+{
+    bool was_used = false;
+    enum procfs_memory memory;
+
+    if (reap->outcome == REAP_RELEASED) {
+        reap->freed = true;
+        return REAP_DONE;
+    }
+    if (has_no_memory(reap)) {
+        reap->freed = true;
+        return done(reap, REAP_EXITED);
+    }
+    while ((memory = procfs_ask_memory(reap->memory)) == PROCFS_MEMORY_USED) {
+        int64_t now = reap_now();
+        was_used = true;
+        if (reap->hurried || now >= reap->exited + SETTLE) {
+            break;
+        }
+        wait_for(NULL, 0, now + PAUSE_FIRST);
+    }
+    reap->freed = memory == PROCFS_MEMORY_UNUSED && !was_used &&
+                  reap->outcome != REAP_SHARED;
+    switch (reap->outcome) {
+    case REAP_LOCKED:
+    case REAP_UNSUPPORTED:
+    case REAP_SHARED:
+        return REAP_DONE;       /* that tells more than how it ended */
+    default:
+        return done(reap,
+                    memory == PROCFS_MEMORY_USED ? REAP_SHARED : REAP_EXITED);
+    }
+}
+
 /* Nothing to kill.  REAP_NEXT if there is. */
 static enum reap_progress
 check_no_memory(struct reap *reap)
 {
     if (is_ended(reap)) {
-        reap->freed = true;
-        return done(reap, REAP_EXITED);
+        return conclude(reap);
     }
     struct procfs_stat stat;
     if (procfs_read_stat(reap->pid, &stat) == 0 && stat.kernel_thread) {
@@ -140,9 +190,12 @@ read_footprint(struct reap *reap)
     reap->memory = procfs_open_memory(reap->pid);
     reap->has_footprint = procfs_read_status(reap->pid, &reap->before) == 0;
     pid_t user = reap->has_footprint ? reap->before.user : 0;
-    if (user != 0 && user != reap->pid) {
+    if (user != reap->pid) {
+        /* Older kernels open it all the same, and then call it unused. */
         reap_finish(reap);
-        reap->memory = procfs_open_memory(user);
+        if (user != 0) {
+            reap->memory = procfs_open_memory(user);
+        }
     }
 }
 
@@ -204,8 +257,8 @@ wait_grace(struct reap *reap)
             {.fd = reap->escalate_fd, .events = reap->escalate_events},
         };
         int n = wait_for(fds, 2, earlier(end, now + LONGEST_WAIT));
-        if (n < 0) {
-            return REAP_PAUSED;         /* EINTR */
+        if (is_pause_due(reap, n)) {
+            return REAP_PAUSED;
         }
         if (fds[0].revents & POLLIN) {
             reap->exited = reap_now();
@@ -220,9 +273,6 @@ wait_grace(struct reap *reap)
         else if (fds[1].revents != 0) {
             break;
         }
-        if (n == 0 && end - reap_now() > 0) {
-            return REAP_PAUSED;
-        }
     }
     reap->step = STRIKE;
     return REAP_NEXT;
@@ -235,11 +285,12 @@ look(struct reap *reap)
     read_footprint(reap);
     if (reap->protect) {
         int threads = reap->has_footprint ? reap->before.threads : 0;
-        reap->locks = locks_look(reap->pid, threads);
-        if (reap->locks == LOCKS_UNKNOWN && reap->memory >= 0) {
-            /* The right is there, so it was the last file descriptor. */
+        bool no_fd;
+        reap->locks = locks_look(reap->pid, threads, &no_fd);
+        if (no_fd && reap->memory >= 0) {
+            /* That was the last; the locks matter more. */
             reap_finish(reap);
-            reap->locks = locks_look(reap->pid, threads);
+            reap->locks = locks_look(reap->pid, threads, &no_fd);
         }
     }
     if (reap->has_footprint) {
@@ -419,35 +470,6 @@ strike(struct reap *reap)
                       : release_only(reap, withhold);
 }
 
-/* The victim has ended.  Its memory went with it, unless somebody else still
- * uses it: a process that shares it, or a reader of /proc/PID/maps.  Then it
- * goes when they let go of it, and nothing tells when that is done.
- */
-static enum reap_progress
-conclude(struct reap *reap)
-{
-    enum procfs_memory memory = procfs_ask_memory(reap->memory);
-
-    reap->freed =
-        reap->outcome == REAP_RELEASED || memory == PROCFS_MEMORY_UNUSED;
-    switch (reap->outcome) {
-    case REAP_RELEASED:
-    case REAP_LOCKED:
-    case REAP_UNSUPPORTED:
-        /* They tell more than how it ended. */
-        return REAP_DONE;
-    case REAP_SHARED:
-        if (memory == PROCFS_MEMORY_UNUSED) {
-            /* Who shared it may still be tearing it down. */
-            reap->freed = false;
-        }
-        return REAP_DONE;
-    default:
-        return done(reap,
-                    memory == PROCFS_MEMORY_USED ? REAP_SHARED : REAP_EXITED);
-    }
-}
-
 /* A released victim has not ended.  If a thread still uses the memory, its
  * teardown has not begun and all was released by our call.  If none does, up
  * to some 10,000 pages may be in the batch that the victim's own teardown was
@@ -457,7 +479,12 @@ static bool
 is_all_released(const struct reap *reap)
 {
     struct procfs_status status;
-    return procfs_read_status(reap->pid, &status) == 0 && status.user != 0;
+    /* A look at what is left, too: the call also returns 0, and does nothing,
+     * where the kernel's own OOM reaper has given up, and before 5.18 it
+     * passed over locked memory.
+     */
+    return procfs_read_status(reap->pid, &status) == 0 && status.user != 0 &&
+           status.anon + status.swap < WORTH_WAITING;
 }
 
 static enum reap_progress
@@ -500,9 +527,8 @@ follow(struct reap *reap)
         }
 
         struct pollfd fd = {.fd = reap->pidfd, .events = POLLIN};
-        int64_t slice = earlier(until, now + LONGEST_WAIT);
-        int n = wait_for(&fd, 1, slice);
-        if (n < 0 || (n == 0 && slice != until)) {
+        int n = wait_for(&fd, 1, earlier(until, now + LONGEST_WAIT));
+        if (is_pause_due(reap, n)) {
             return REAP_PAUSED;
         }
     }
@@ -513,6 +539,7 @@ reap_run(struct reap *reap)
 {
     enum reap_progress progress;
 
+    reap->entered = reap_now();
     if (reap->step == BEGIN && (!reap->send || reap->grace == 0)) {
         reap->step = STRIKE;
     }

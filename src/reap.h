@@ -78,6 +78,7 @@ struct reap {
     bool tried_raise;
     bool retrying;
     bool until_end;
+    int64_t entered;
     int64_t pause;
     int64_t next_try;
     int64_t deadline;

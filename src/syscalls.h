@@ -14,46 +14,33 @@
 #include <sys/types.h>          /* pid_t */
 #include <unistd.h>             /* syscall() */
 
-/* Headers older than Linux 5.15 lack the number (manylinux images).  It is
- * the same on every architecture but alpha and mips; x32 adds its bit.
+/* Numbers from 424 on are the same on every architecture, but for an offset.
+ * (_MIPS_SIM is compared with the compiler's own names: those of <sgidefs.h>
+ * are not there with every libc.)
  */
-#ifndef SYS_process_mrelease
-#  if defined(__alpha__)
-#    define SYS_process_mrelease 558
-#  elif defined(__mips__) && _MIPS_SIM == _MIPS_SIM_ABI32
-#    define SYS_process_mrelease 4448
-#  elif defined(__mips__) && _MIPS_SIM == _MIPS_SIM_NABI32
-#    define SYS_process_mrelease 6448
-#  elif defined(__mips__)
-#    define SYS_process_mrelease 5448
-#  elif defined(__x86_64__) && defined(__ILP32__)
-#    define SYS_process_mrelease (0x40000000 | 448)
-#  else
-#    define SYS_process_mrelease 448
-#  endif
+#if defined(__alpha__)
+#  define SYSCALL_OFFSET 110
+#elif defined(__mips__) && _MIPS_SIM == _ABIO32
+#  define SYSCALL_OFFSET 4000
+#elif defined(__mips__) && _MIPS_SIM == _ABIN32
+#  define SYSCALL_OFFSET 6000
+#elif defined(__mips__)
+#  define SYSCALL_OFFSET 5000
+#elif defined(__x86_64__) && defined(__ILP32__)
+#  define SYSCALL_OFFSET 0x40000000
+#else
+#  define SYSCALL_OFFSET 0
 #endif
 
-/* Linux 5.1 and 5.3: younger than the headers of some build images. */
+/* Build images may have headers older than the calls: Linux 5.1, 5.3, 5.15. */
 #ifndef SYS_pidfd_send_signal
-#  if defined(__alpha__)
-#    define SYS_pidfd_send_signal 534
-#    define SYS_pidfd_open 544
-#  elif defined(__mips__) && _MIPS_SIM == _MIPS_SIM_ABI32
-#    define SYS_pidfd_send_signal 4424
-#    define SYS_pidfd_open 4434
-#  elif defined(__mips__) && _MIPS_SIM == _MIPS_SIM_NABI32
-#    define SYS_pidfd_send_signal 6424
-#    define SYS_pidfd_open 6434
-#  elif defined(__mips__)
-#    define SYS_pidfd_send_signal 5424
-#    define SYS_pidfd_open 5434
-#  elif defined(__x86_64__) && defined(__ILP32__)
-#    define SYS_pidfd_send_signal (0x40000000 | 424)
-#    define SYS_pidfd_open (0x40000000 | 434)
-#  else
-#    define SYS_pidfd_send_signal 424
-#    define SYS_pidfd_open 434
-#  endif
+#  define SYS_pidfd_send_signal (SYSCALL_OFFSET + 424)
+#endif
+#ifndef SYS_pidfd_open
+#  define SYS_pidfd_open (SYSCALL_OFFSET + 434)
+#endif
+#ifndef SYS_process_mrelease
+#  define SYS_process_mrelease (SYSCALL_OFFSET + 448)
 #endif
 
 static inline int

@@ -1,10 +1,17 @@
-from typing import Literal, Protocol
+from typing import Literal, Protocol, final
 
 class _HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 def process_mrelease(pidfd: int | _HasFileno, flags: int = 0, /) -> None: ...
-def pidfd_open(pid: int, /) -> int: ...
+
+@final
+class Pidfd:
+    def fileno(self, /) -> int: ...
+    def close(self, /) -> None: ...
+
+def pidfd_open(pid: int, /) -> Pidfd: ...
+def pidfd_dup(pidfd: int | _HasFileno, /) -> Pidfd: ...
 def pidfd_state(
     pidfd: int | _HasFileno, /
 ) -> Literal["running", "ended", "reaped"]: ...
@@ -20,8 +27,8 @@ def reap(
     begun: int,
     grace: int,
     timeout: int,
-    alarm: int,
-    protect: bool,
+    escalate: int,
+    locks: bool,
     send: bool,
     /,
 ) -> (

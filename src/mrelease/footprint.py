@@ -27,8 +27,8 @@ class Footprint(Value):
     swap     VmSwap: anonymous memory that is swapped out
     hugetlb  HugetlbPages: pages of a hugetlbfs
 
-    Linux 6.2 to 6.15 keep these counts per CPU and report them with an error
-    of up to some 30 pages a CPU; other kernels are exact.
+    Exact on Linux 6.18.  Older kernels count in batches and may be wrong by
+    up to some 60 pages a thread or a CPU.
     """
 
     __slots__ = ("anon", "file", "shmem", "swap", "hugetlb")  # noqa: RUF023
@@ -52,6 +52,9 @@ class Footprint(Value):
     @property
     def releasable(self) -> int:
         """What process_mrelease(2) gives back, in bytes: anon and swap.
+
+        An upper bound: pages that are still shared copy-on-write with a
+        fork()ed relative are counted in both, and come back with the last.
 
         It unmaps private file mappings as well, but their pages are page
         cache, which the kernel counts as available already.  Shared memory

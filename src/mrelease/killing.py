@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from time import monotonic_ns
 
 from mrelease.process import pin
@@ -33,19 +32,23 @@ def kill(
 
     With a grace, in seconds, SIGTERM goes out first.  If the process has not
     ended when the grace is over, or when escalate_on can be read (an eventfd,
-    a pipe, a pressure trigger: a file descriptor or an object with fileno()),
-    SIGKILL follows on the same pidfd.
+    a pipe: a file descriptor or an object with fileno(), open until the call
+    returns) or has news (a pressure trigger), SIGKILL follows on the same
+    pidfd.
 
     SIGKILL and process_mrelease(2) leave in one native call, in the calling
     thread, without the GIL.  Then the victim is raised, where permitted, so
     that it can finish dying, and the call waits until it has ended, or its
     memory is known to be back, or timeout seconds have passed since SIGKILL.
-    So the call takes at most grace + timeout, save for the system call itself,
-    which the kernel may keep waiting for the victim's mmap_lock.
+    So the call takes at most grace + timeout, save for what waits for the
+    victim's mmap_lock: process_mrelease(2), and before SIGKILL the look at the
+    robust locks.
 
     locks='protect' withholds the release of a victim that holds robust locks,
     since whoever waits for them would never be woken; it is killed all the
-    same (Outcome.LOCKED).  locks='ignore' does not look.
+    same (Outcome.LOCKED).  A lock that is taken in the microseconds between
+    the look and SIGKILL is not seen.  locks='ignore' does not look: a victim
+    that never lets go of its mmap_lock is killed then, too.
 
     Raises, before anything was signalled: TypeError, ValueError for bad
     arguments, pid 1, the caller itself, a kernel thread; ProcessLookupError if
@@ -59,9 +62,9 @@ def kill(
     begun = monotonic_ns()
     terms = Terms(grace, escalate_on, timeout, locks)
     if isinstance(process, Victim):
-        return process.carry_out(terms, begun)
+        return process._carry_out(terms, begun)
     pidfd, pid = pin(process)
     try:
         return carry_out(pidfd, pid, terms, begun)
     finally:
-        os.close(pidfd)
+        pidfd.close()

@@ -97,8 +97,8 @@ def _pid_of_object(process: object) -> int:
 
 def pin(
     process: HasPid | SupportsIndex, started: int | None = None
-) -> tuple[int, int]:
-    """Open a pidfd, which the caller closes: (pidfd, pid).
+) -> tuple[_mrelease.Pidfd, int]:
+    """Open a pidfd: (pidfd, pid).
 
     started is the start time that the process must have: field 22 of
     /proc/PID/stat, in clock ticks since boot.
@@ -109,20 +109,20 @@ def pin(
     """
     pid = pid_of(process)
     try:
-        fd = _mrelease.pidfd_open(pid)
+        pidfd = _mrelease.pidfd_open(pid)
     except OSError as error:
         raise _cannot_pin(pid, error) from None
     if started is None and isinstance(process, int):
-        return fd, pid
+        return pidfd, pid
     try:
         if started is not None:
-            _confirm_start(pid, fd, started)
+            _confirm_start(pid, pidfd, started)
         if not isinstance(process, int):
-            _confirm_object(process, pid, fd)
+            _confirm_object(process, pid, pidfd)
     except BaseException:
-        os.close(fd)
+        pidfd.close()
         raise
-    return fd, pid
+    return pidfd, pid
 
 
 def _cannot_pin(pid: int, error: OSError) -> Exception:
@@ -171,11 +171,11 @@ def check_start(started: int | None) -> None:
         )
 
 
-def _confirm_start(pid: int, fd: int, started: int) -> None:
+def _confirm_start(pid: int, pidfd: _mrelease.Pidfd, started: int) -> None:
     try:
         found = _mrelease.read_stat(pid)[0]
     except OSError as error:
-        if _mrelease.pidfd_state(fd) == "reaped":
+        if _mrelease.pidfd_state(pidfd) == "reaped":
             raise no_such_process(pid, "it has ended") from None
         raise OSError(
             error.errno,
@@ -189,26 +189,32 @@ def _confirm_start(pid: int, fd: int, started: int) -> None:
 
 def _is_a(process: object, module: str, name: str) -> bool:
     """Is it of this class?  An object whose module is not loaded is not."""
-    loaded = sys.modules.get(module)
-    return loaded is not None and isinstance(process, getattr(loaded, name))
+    return isinstance(process, getattr(sys.modules.get(module), name, ()))
 
 
-def _confirm_object(process: object, pid: int, fd: int) -> None:
+def _confirm_object(process: object, pid: int, pidfd: _mrelease.Pidfd) -> None:
     """Check what the object knows of its process, the pidfd being open."""
     if _is_a(process, "psutil", "Process"):
+        if not _mrelease.proc_is_ours():
+            raise OSError(
+                ENOENT,
+                f"cannot kill pid {pid}: psutil cannot tell whether it is "
+                "the same process, /proc is not mounted or is of another pid "
+                "namespace",
+            )
         # Compares pid and create time with those of today, its own way.
         if not process.is_running():  # type: ignore[attr-defined]
             raise no_such_process(pid, "it is another process now, or none")
     elif _is_a(process, "multiprocessing.process", "BaseProcess"):
-        _confirm_sentinel(process, pid)
         starter = getattr(process, "_popen", None)
-        # A fork server's processes are not the caller's children.
         if getattr(starter, "method", None) in ("fork", "spawn"):
-            _confirm_child(pid, fd)
+            _confirm_child(pid, pidfd)
+        else:  # a fork server's processes are not the caller's children
+            _confirm_sentinel(process, pid)
     elif _is_a(process, "subprocess", "Popen") or _is_a(
         process, "asyncio.subprocess", "Process"
     ):
-        _confirm_child(pid, fd)
+        _confirm_child(pid, pidfd)
 
 
 def _confirm_sentinel(process: object, pid: int) -> None:
@@ -218,13 +224,19 @@ def _confirm_sentinel(process: object, pid: int) -> None:
     poll = select.poll()
     poll.register(sentinel, select.POLLIN)
     if poll.poll(0):
-        raise no_such_process(pid, "it has ended")
+        raise no_such_process(pid, "it has ended, or closed its sentinel")
 
 
-def _confirm_child(pid: int, fd: int) -> None:
+# Python lacks the name if it was built with headers older than Linux 5.4.
+_P_PIDFD = getattr(os, "P_PIDFD", 3)
+
+
+def _confirm_child(pid: int, pidfd: _mrelease.Pidfd) -> None:
     """Check that it is a child: those keep their pid until waited for."""
     try:
-        os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        os.waitid(
+            _P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG | os.WNOWAIT
+        )
     except ChildProcessError:
         raise no_such_process(
             pid,

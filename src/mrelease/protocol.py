@@ -83,11 +83,16 @@ class Terms:
 
 
 def carry_out(
-    pidfd: int, pid: int, terms: Terms, begun: int, *, send: bool = True
+    pidfd: _mrelease.Pidfd,
+    pid: int,
+    terms: Terms,
+    begun: int,
+    *,
+    send: bool = True,
 ) -> Release:
     """Run the kill protocol on a pidfd; begun is from monotonic_ns()."""
     result = _mrelease.reap(
-        pidfd,
+        pidfd.fileno(),
         pid,
         begun,
         terms.grace,

@@ -64,28 +64,31 @@ class Release(Value):
                only the end of the victim can bring it back (EXITED, LOCKED,
                UNSUPPORTED) and the caller may not trace the victim (ptrace(2),
                PTRACE_MODE_ATTACH), it is False: whether somebody shares the
-               memory is not known then.  A victim that had ended before the
-               call held nothing: True, of a footprint of zero
+               memory is not known then.  A victim that had let go of its
+               memory before the call held nothing: True, of a footprint of
+               zero, once it has ended
     footprint  its memory just before the kill; None if /proc could not be read
     terminated, signalled, released, exited
                when SIGTERM was sent, when SIGKILL was sent, when the release
                succeeded, when the victim was seen to have ended: seconds since
                the call began, or None if it did not happen within the call
-    errno      of the last process_mrelease(2), None if it succeeded or was not
-               called
+    errno      of the last process_mrelease(2), or of SIGKILL if that was
+               refused after SIGTERM; None if it succeeded or was not called
     attempts   how often process_mrelease(2) was called
     locks      'free': no robust lock was held; 'held'; 'unknown': the caller
                may not look into the victim, or had no file descriptor left to
                look at its threads; it was released all the same; 'ignored':
                not looked for
-    raised     whether the dying victim was given a better scheduling
+    raised     whether the dying victim was given a better scheduling, or had
+               the best already
 
     Shared memory and huge pages are not meant by freed: they come back when
     the victim has ended, and only if nobody else holds them.  What nobody can
     see is memory that somebody else tears down at that very moment: a second
     killer that releases the same victim (at most some 10,000 pages), or a
     process that shared the memory, outlived the victim and was killed as well.
-    It is back as soon as they get on.
+    It is back as soon as they get on.  Pages that a fork()ed relative still
+    shares copy-on-write stay with it and are not meant.
     """
 
     __slots__ = (  # noqa: RUF023
@@ -146,6 +149,11 @@ class Release(Value):
             raised,
         )
 
+    def with_freed(self, freed: bool) -> Release:
+        """Give the same result with another verdict about the memory."""
+        values = dict(zip(self.__slots__, self._fields(), strict=True))
+        return Release(**(values | {"freed": freed}))  # type: ignore[arg-type]
+
     def as_dict(self) -> dict[str, object]:
         """Give all of it, ready for JSON: bytes, seconds, names."""
         return {
@@ -181,7 +189,8 @@ class Release(Value):
             case Outcome.RELEASED if self.released is not None:
                 return f"{size} in {_ms(self.released)}"
             case Outcome.EXITED if self.exited is not None:
-                late = ", too late to release" if self.attempts else ""
+                too_late = self.errno == errnos.ESRCH
+                late = ", too late to release" if too_late else ""
                 known = "" if self.freed else ", not known if it is shared"
                 return f"{size} in {_ms(self.exited)}{late}{known}"
             case Outcome.EXITING:

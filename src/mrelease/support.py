@@ -317,7 +317,11 @@ def _locks(calls: dict[str, int | None], status: _Status) -> Feature:
 def _raising(calls: dict[str, int | None], status: _Status) -> Feature:
     import resource
 
-    call = _call("sched_setattr", calls, "3.14")
+    call = _first_bad(
+        _call("sched_setattr", calls, "3.14"),
+        _call("sched_getattr", calls, "3.14"),
+        _call("sched_setaffinity", calls, "2.6"),
+    )
     if not call.works:
         return _named("raising", call)
     if status.has(_CAP_SYS_NICE):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from _thread import allocate_lock
 from errno import EBADF, ENOENT, ESRCH
 from time import monotonic_ns
 
@@ -18,6 +17,7 @@ from mrelease.process import (
     pin,
 )
 from mrelease.protocol import Terms, carry_out, kernel_thread
+from mrelease.release import Outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,11 +38,14 @@ class Victim:
     process is a pid, or an object with a pid: subprocess.Popen,
     multiprocessing.Process, asyncio's, psutil's.  What such an object knows of
     its process (still a child, create time) is checked once the pidfd is open.
-    Of another Victim, the pidfd is duplicated.
+    Of another Victim, the pidfd is duplicated.  What cannot be checked: a
+    Popen whose child was waited for behind its back, if another child of the
+    caller's has the pid now.
 
     started is the start time that the process must have: field 22 of
     /proc/PID/stat, in clock ticks since boot.  Give it when the pid was read
-    some time ago (from a scan of /proc, say).
+    some time ago (from a scan of /proc, say).  Within one tick (10 ms) two
+    processes of the same pid cannot be told apart by it.
 
     Making a Victim needs no right over the process and changes nothing.  It
     holds one file descriptor until close(); a with statement closes it.  Safe
@@ -54,31 +57,22 @@ class Victim:
     OSError if no pidfd can be had.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_closing",
-        "_fd",
-        "_lock",
-        "_owner",
-        "_pid",
-        "_started",
-        "_users",
-    )
+    __slots__ = ("__weakref__", "_pid", "_pidfd", "_shared", "_started")
 
-    _fd: int
+    _pidfd: _mrelease.Pidfd | None
 
     def __init__(
         self, process: HasPid | SupportsIndex, *, started: int | None = None
     ) -> None:
-        self._fd = -1
+        self._pidfd = None
         check_start(started)
         if isinstance(process, Victim):
             # Its pid may be another process's by now, its pidfd is not.
-            with _Use(process) as theirs:
-                fd, pid = os.dup(theirs), process.pid
+            pidfd = _mrelease.pidfd_dup(process._open())
+            pid = process.pid
         else:
-            fd, pid = pin(process, started)
-        self._adopt(fd, pid)
+            pidfd, pid = pin(process, started)
+        self._adopt(pidfd, pid)
         if started is not None and self._started != started:
             self.close()
             raise other_process(pid, self._started, started)
@@ -100,38 +94,30 @@ class Victim:
             )
         given = pidfd if isinstance(pidfd, int) else pidfd.fileno()
         try:
-            fd = os.dup(given)
+            own = _mrelease.pidfd_dup(given)
+        except OverflowError:
+            raise ValueError(f"{given} is not a file descriptor") from None
         except OSError as error:
             if error.errno != EBADF:
                 raise
             raise ValueError(f"file descriptor {given} is not open") from None
         self = cls.__new__(cls)
-        self._fd = -1
-        try:
-            pid = _pid_of_pidfd(fd, given)
-        except BaseException:
-            os.close(fd)
-            raise
-        self._adopt(fd, pid)
+        self._pidfd = None
+        self._adopt(own, _pid_of_pidfd(own, given))
         return self
 
-    def _adopt(self, fd: int, pid: int) -> None:
-        """Take over an open pidfd; closes it if the process is refused."""
-        try:
-            self._started = _start_of(fd, pid)
-        except BaseException:
-            os.close(fd)
-            raise
+    def _adopt(self, pidfd: _mrelease.Pidfd, pid: int) -> None:
+        self._started = _start_of(pidfd, pid)
         self._pid = pid
-        self._closing = False
-        self._start_anew()
-        self._fd = fd
+        self._shared = False
+        self._pidfd = pidfd
 
-    def _start_anew(self) -> None:
-        """Forget who uses the pidfd: here, in a new process, nobody does."""
-        self._owner = os.getpid()
-        self._lock = allocate_lock()
-        self._users = 0
+    def _open(self) -> _mrelease.Pidfd:
+        """Give the pidfd, which stays open as long as it is referred to."""
+        pidfd = self._pidfd
+        if pidfd is None:
+            raise ValueError("this Victim is closed")
+        return pidfd
 
     @property
     def pid(self) -> int:
@@ -149,17 +135,14 @@ class Victim:
     @property
     def exited(self) -> bool:
         """Whether the whole process has ended (its pidfd polls readable)."""
-        with _Use(self) as fd:
-            return _mrelease.pidfd_state(fd) != "running"
+        return _mrelease.pidfd_state(self._open()) != "running"
 
     def fileno(self) -> int:
         """Give the pidfd: it polls readable when the process has ended.
 
         It is the Victim's: do not close it, and do not use it after close().
         """
-        if self._closing or self._fd < 0:
-            raise _closed()
-        return self._fd
+        return self._open().fileno()
 
     def footprint(self) -> Footprint:
         """Read how much memory the process holds now.
@@ -168,20 +151,23 @@ class Victim:
         ProcessLookupError if it was waited for; OSError if /proc cannot be
         read.
         """
-        with _Use(self) as fd:
-            try:
-                sizes = _mrelease.read_footprint(self._pid)[1]
-            except OSError as error:
-                if _mrelease.pidfd_state(fd) == "reaped":
-                    raise no_such_process(self._pid, "it has ended") from None
-                raise OSError(
-                    error.errno,
-                    f"cannot read /proc/{self._pid}/status: {error.strerror}",
-                ) from None
-            # Only now is it certain that the pid was still this process's.
-            if _mrelease.pidfd_state(fd) == "reaped":
-                raise no_such_process(self._pid, "it has ended")
-            return Footprint(*sizes)
+        pidfd = self._open()
+        problem: OSError | None = None
+        try:
+            sizes = _mrelease.read_footprint(self._pid)[1]
+        except OSError as error:
+            problem = error
+        # Only now is it certain that the pid was still this process's.
+        if _mrelease.pidfd_state(pidfd) == "reaped":
+            raise ProcessLookupError(
+                ESRCH, f"pid {self._pid} has no memory: it has ended"
+            )
+        if problem is not None:
+            raise OSError(
+                problem.errno,
+                f"cannot read /proc/{self._pid}/status: {problem.strerror}",
+            )
+        return Footprint(*sizes)
 
     def kill(
         self,
@@ -193,7 +179,9 @@ class Victim:
     ) -> Release:
         """Kill this process and release its memory: see mrelease.kill()."""
         begun = monotonic_ns()
-        return self.carry_out(Terms(grace, escalate_on, timeout, locks), begun)
+        return self._carry_out(
+            Terms(grace, escalate_on, timeout, locks), begun
+        )
 
     def release(
         self,
@@ -210,29 +198,26 @@ class Victim:
         """
         begun = monotonic_ns()
         terms = Terms(0.0, None, timeout, locks)
-        return self.carry_out(terms, begun, send=False)
+        return self._carry_out(terms, begun, send=False)
 
-    def carry_out(
+    def _carry_out(
         self, terms: Terms, begun: int, *, send: bool = True
     ) -> Release:
         """Run the kill protocol on checked terms; begun is monotonic_ns()."""
-        with _Use(self) as fd:
-            return carry_out(fd, self._pid, terms, begun, send=send)
+        release = carry_out(self._open(), self._pid, terms, begun, send=send)
+        if release.outcome is Outcome.SHARED:
+            self._shared = True
+        elif self._shared and release.outcome is Outcome.EXITED:
+            # It has ended, but what it shared lived on: that is not forgotten.
+            release = release.with_freed(False)
+        return release
 
     def close(self) -> None:
         """Close the pidfd, at once or when the last call under way is done.
 
         The process is left as it is.  Closing twice is no error.
         """
-        if self._fd < 0:
-            return
-        if self._owner != os.getpid():
-            self._start_anew()
-        with self._lock:
-            self._closing = True
-            if self._users == 0 and self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+        self._pidfd = None
 
     def __enter__(self) -> Self:
         return self
@@ -248,76 +233,40 @@ class Victim:
     def __del__(self) -> None:
         # Not made whole, or at the end of the interpreter: there is no telling
         # what is left of it.
-        if getattr(self, "_fd", -1) >= 0 and sys.meta_path is not None:
-            import warnings
+        if getattr(self, "_pidfd", None) is None or sys.meta_path is None:
+            return
+        import warnings
 
+        try:
             warnings.warn(
                 f"unclosed {self!r}",
                 ResourceWarning,
                 stacklevel=2,
                 source=self,
             )
+        finally:
             self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closing or self._fd < 0 else "pinned"
+        state = "closed" if self._pidfd is None else "pinned"
         return f"<Victim pid={self._pid} started={self._started} {state}>"
 
 
-class _Use:
-    """Keeps the pidfd of a Victim open while a call works with it.
-
-    A number that was closed may be opened again for another process: a close()
-    from another thread has to wait until nobody uses it.
-    """
-
-    __slots__ = ("victim",)
-
-    def __init__(self, victim: Victim) -> None:
-        self.victim = victim
-
-    def __enter__(self) -> int:
-        victim = self.victim
-        if victim._fd < 0:
-            raise _closed()
-        if victim._owner != os.getpid():
-            victim._start_anew()
-        with victim._lock:
-            if victim._closing:
-                raise _closed()
-            victim._users += 1
-            return victim._fd
-
-    def __exit__(self, *exc: object) -> None:
-        victim = self.victim
-        if victim._owner != os.getpid():
-            return  # forked during the call
-        with victim._lock:
-            victim._users -= 1
-            if victim._closing and victim._users == 0:
-                os.close(victim._fd)
-                victim._fd = -1
-
-
-def _closed() -> ValueError:
-    return ValueError("this Victim is closed")
-
-
-def _start_of(fd: int, pid: int) -> int | None:
+def _start_of(pidfd: _mrelease.Pidfd, pid: int) -> int | None:
     """Read the start time of the process; None without /proc."""
     try:
         started, is_kernel_thread = _mrelease.read_stat(pid)
     except OSError:
         started, is_kernel_thread = None, False
     # Only now is it certain that the pid was still this process's.
-    if _mrelease.pidfd_state(fd) == "reaped":
+    if _mrelease.pidfd_state(pidfd) == "reaped":
         raise no_such_process(pid, "it has ended")
     if is_kernel_thread:
         raise kernel_thread(pid)
     return started
 
 
-def _pid_of_pidfd(fd: int, given: int) -> int:
+def _pid_of_pidfd(own: _mrelease.Pidfd, given: int) -> int:
     """Find the pid of a pidfd; given is the number to name in errors."""
     if not _mrelease.proc_is_ours():
         raise OSError(
@@ -326,7 +275,9 @@ def _pid_of_pidfd(fd: int, given: int) -> int:
             "not mounted, or is of another pid namespace",
         )
     try:
-        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        with open(
+            f"/proc/self/fdinfo/{own.fileno()}", encoding="ascii"
+        ) as file:
             lines = dict(
                 line.rstrip("\n").split(":\t", 1)
                 for line in file
