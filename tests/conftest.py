@@ -1,0 +1,242 @@
+"""What all tests share: fixtures, options, the check that all is cleaned up.
+
+Helpers, one module a concept, none of which imports the package:
+victims (processes to kill), cgroups (measure and hold them),
+kernel_errors (system calls that fail on order, functions in a child).
+
+A test that hangs ends the run (faulthandler, in pyproject.toml). Also
+then nothing is left behind: victims and guards see the end of Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+
+import pytest
+
+import cgroups
+import kernel_errors
+import victims
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# ---------------------------------------------------- options and markers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mrelease")
+    group.addoption(
+        "--quick",
+        action="store_true",
+        help="a twentieth of the rounds in tests that repeat",
+    )
+    group.addoption(
+        "--fail-on-skip",
+        action="store_true",
+        help="a skipped test is a failure: for machines that can do all",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "needs(*kinds): victims without which the test is skipped; names "
+        "of victims.kinds(), 'kernel_thread', 'root' or 'seccomp'",
+    )
+
+
+def _reason(need: str) -> str | None:
+    if need == "root":
+        return None if os.geteuid() == 0 else "needs root"
+    if need == "seccomp":
+        return kernel_errors.why_not()
+    reason = victims.why_not(need)
+    return None if reason is None else f"no victim {need!r}: {reason}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        for need in marker.args:
+            reason = _reason(need)
+            if reason is not None:
+                pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    """What a test can not have here is a skip, with the reason."""
+    try:
+        return (yield)
+    except cgroups.Unavailable as e:
+        pytest.skip(str(e))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Generator[None, object, object]:
+    """The same for what a fixture can not have."""
+    try:
+        return (yield)
+    except cgroups.Unavailable as e:
+        pytest.skip(str(e))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if (
+        report.skipped
+        and not hasattr(report, "wasxfail")
+        and item.config.getoption("--fail-on-skip")
+    ):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, with --fail-on-skip: {_why(report)}"
+    return report
+
+
+def _why(report: pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    return str(report.longrepr)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter,
+) -> None:
+    """Each skip with its reason, however pytest was called."""
+    skipped = Counter(
+        (report.nodeid, _why(report))
+        for report in terminalreporter.stats.get("skipped", ())
+    )
+    if skipped:
+        terminalreporter.section("skipped tests, and why")
+        for (test, why), _ in sorted(skipped.items()):
+            terminalreporter.write_line(f"{test}: {why}")
+
+
+# ------------------------------------------------- nothing is left behind
+
+
+def _children() -> set[int]:
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            found |= {int(p) for p in (task / "children").read_text().split()}
+    return found
+
+
+def _describe(pid: int) -> str:
+    try:
+        status = victims.status_of(pid)
+    except ProcessLookupError:
+        return f"{pid}"
+    return f"{pid} {status['Name']} ({status['State']})"
+
+
+# Python keeps this one to its end; it is no test's.
+_HELPERS = ("resource_tracker", "forkserver")
+
+
+def _strangers(before: set[int]) -> set[int]:
+    left = _children() - before - cgroups.guards()
+    for pid in set(left):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            if any(name in command for name in _HELPERS):
+                left.discard(pid)
+    return left
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """At the end: no child, mount, control group or swap of ours."""
+    before = _children()
+    yield
+    victims.close_all()
+    left = [f"child {_describe(pid)}" for pid in _strangers(before)]
+    left += [f"guard {pid}" for pid in cgroups.guards()]
+    left += [f"cgroup {path}" for path in cgroups.left_behind()]
+    left += victims.left_behind()
+    assert not left, f"left behind by the tests: {left}"
+
+
+@pytest.fixture(autouse=True)
+def _no_child_left(_nothing_left_behind: None) -> Iterator[None]:
+    """After each test: no child that it started, dead or alive."""
+    before = _children()
+    yield
+    left = [_describe(pid) for pid in _strangers(before)]
+    assert not left, f"children left behind by this test: {left}"
+
+
+# --------------------------------------------------------------- fixtures
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    """stack.enter_context(victims.held(64)): closed after the test."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def meter() -> Iterator[cgroups.Meter]:
+    """A memory control group: victims.asleep(64, groups=[meter])."""
+    with cgroups.Meter() as group:
+        yield group
+
+
+@pytest.fixture
+def answered() -> Iterator[
+    Callable[[dict[str, kernel_errors.Rule]], kernel_errors.answered]
+]:
+    """answered({"process_mrelease": EAGAIN}).run(f): see kernel_errors."""
+    reason = kernel_errors.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        yield lambda rules: stack.enter_context(kernel_errors.answered(rules))
+
+
+def _as_user(function: Callable[[], T]) -> T:
+    kernel_errors.drop_privileges()
+    return function()
+
+
+class Unprivileged(Protocol):
+    def __call__(
+        self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+
+
+@pytest.fixture
+def unprivileged() -> Unprivileged:
+    """unprivileged(f, ...): f in a child, as user nobody, no capability."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    victims.binary()
+
+    def run(
+        function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        return kernel_errors.in_child(
+            _as_user, lambda: function(*args, **kwargs)
+        )
+
+    return run
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """rounds(1000): so many, or a twentieth of it with --quick."""
+    quick = request.config.getoption("--quick")
+    return lambda count: max(3, count // 20) if quick else count
