@@ -339,8 +339,13 @@ note_attempt(struct reap *reap, int err)
         if (procfs_read_status(reap->pid, &status) == 0 && status.dumping) {
             reap->outcome = REAP_DUMPING;
         }
-        else if (is_dying(reap)) {
+        else if (reap->signalled != 0 || reap->was_dying) {
             reap->outcome = REAP_SHARED;
+        }
+        else if (is_dying(reap)) {
+            reap->was_dying = true;
+            reap->outcome = REAP_EXITING;
+            return;
         }
         else {
             reap->outcome = REAP_ALIVE;
@@ -447,6 +452,9 @@ release_only(struct reap *reap, bool withhold)
                               : done(reap, REAP_ALIVE);
     }
     release(reap);
+    if (reap->was_dying) {
+        release(reap);          /* the signal may have come after the first */
+    }
     if (reap->outcome == REAP_ALIVE ||
         (reap->outcome == REAP_UNSUPPORTED && !is_dying(reap)))
     {

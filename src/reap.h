@@ -77,6 +77,7 @@ struct reap {
     bool hurried;
     bool tried_raise;
     bool retrying;
+    bool was_dying;
     bool until_end;
     int64_t entered;
     int64_t pause;

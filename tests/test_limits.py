@@ -731,10 +731,13 @@ def check_footprint(pid: int) -> None:
         )  # fmt: skip
 
     with mrelease.Victim(pid) as made:
-        before = read()
-        found = made.footprint()
-        after = read()
-    assert before == after, "it does not rest"
+        for _ in range(100):
+            before = read()
+            found = made.footprint()
+            if before == read():
+                break
+        else:
+            raise AssertionError(f"it never rests: {before} {read()}")
     assert (
         found.anon, found.file, found.shmem, found.swap, found.hugetlb
     ) == before  # fmt: skip
@@ -745,6 +748,7 @@ def check_footprint(pid: int) -> None:
 
 NAMES = [
     b") S 0 0 0 0 0",
+    b") Z 0 0 0 0 0 4",
     b"(",
     b")",
     b"a (b) c) R 1",
@@ -779,6 +783,9 @@ def named(
             assert facts[0] == "ready"
             comm = Path(f"/proc/{popen.pid}/comm").read_bytes()
             assert comm[:-1] == name[:15]
+            victims.wait_until(
+                lambda: status_of(popen.pid)["State"][0] == "S", "it rests"
+            )
             yield popen, mib * MIB
         finally:
             popen.kill()
@@ -809,11 +816,11 @@ def test_a_name_can_not_forge_identity_or_footprint(
         assert popen.wait() == -signal.SIGKILL
 
 
+@pytest.mark.needs("held", "seccomp")
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_a_name_can_not_hide_that_a_victim_is_dying(
     name: bytes, tmp_path: Path
 ) -> None:
-    victims.need("held")
     with (
         named(tmp_path, name, mib=8) as (popen, _),
         victims.Process(trace=popen.pid),
@@ -824,6 +831,12 @@ def test_a_name_can_not_hide_that_a_victim_is_dying(
             lambda: status_of(popen.pid)["State"][0] == "t",
             "held at its end",
         )
+        # With EINVAL the cause is looked for: /proc/PID/stat tells whether
+        # it is dying (then somebody must share its memory) or alive.
+        rules = {"process_mrelease": errno.EINVAL}
+        with kernel_errors.answered(rules) as kernel:
+            result = kernel.run(lambda: made.release(timeout=0))
+        assert result.outcome is Outcome.SHARED, result
         result = made.release()
         assert result.outcome is Outcome.RELEASED, result
         assert made.footprint().anon == 0
@@ -998,6 +1011,7 @@ def test_a_rival_that_kills_too_makes_no_exception_in_200_rounds(
 ) -> None:
     rival = Rival()
     seen: dict[str, int] = {}
+    unsure = 0
     for turn in range(rounds(200)):
         with victims.asleep(8, threads=1 + turn % 4) as victim:
             result, error = rival.race(victim, reap=False)
@@ -1008,16 +1022,17 @@ def test_a_rival_that_kills_too_makes_no_exception_in_200_rounds(
             assert victim.rss_anon() == 0
             if result.outcome is Outcome.EXITED:
                 assert victim.ended()
-            # It may have been past its memory when it was looked at: then
-            # nobody can tell whether that was shared.
-            assert result.footprint is not None
-            assert result.freed or result.footprint.rss == 0, result
+            # It may have gone past its memory while it was looked at: then
+            # nobody can tell whether that was shared, and it says so.
+            assert result.freed or result.outcome is Outcome.EXITED, result
+            unsure += not result.freed
             what = result.outcome.value
             if result.signalled is None:
                 what += ", not signalled"
             seen[what] = seen.get(what, 0) + 1
             check_gone(victim)
-    print(f"rival: {seen}")
+    print(f"rival: {seen}, {unsure} not known to be freed")
+    assert unsure <= rounds(200) // 2
 
 
 def test_a_rival_that_kills_and_reaps_makes_process_lookup_error_only(
