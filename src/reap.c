@@ -453,7 +453,7 @@ release_only(struct reap *reap, bool withhold)
     }
     release(reap);
     if (reap->was_dying) {
-        release(reap);          /* the signal may have come after the first */
+        release(reap);          /* it may have come after the first call */
     }
     if (reap->outcome == REAP_ALIVE ||
         (reap->outcome == REAP_UNSUPPORTED && !is_dying(reap)))

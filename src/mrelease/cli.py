@@ -78,12 +78,16 @@ class Stopped(BaseException):
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
-        self.code = 128 + signum
+        self.code: int = 128 + signum
 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Raise Stopped at the first signal, and take no notice of the next."""
+    """Raise Stopped at the first signal, and take no notice of the next.
+
+    Not even afterwards: a signal in the last moments of the interpreter would
+    end it with another exit code than the one that tells what happened.
+    """
     before = {
         number: signal.getsignal(number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -91,8 +95,12 @@ def _stoppable() -> Iterator[None]:
     # Ignored ones were ignored by who started this: nohup, a shell's "&".
     caught = [n for n, action in before.items() if action != signal.SIG_IGN]
 
+    stopped = False
+
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
         del frame
+        stopped = True
         for each in caught:
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
@@ -102,8 +110,9 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, stop)
         yield
     finally:
-        for number in caught:
-            signal.signal(number, before[number])
+        if not stopped:
+            for number in caught:
+                signal.signal(number, before[number])
 
 
 def _silence(stream: TextIO) -> None:

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 class Meter:
     """A count of bytes in use; only its growth and its fall mean anything."""
 
-    name = ""
-    exact = False
+    name: str = ""
+    exact: bool = False
     """Whether it counts the measured processes alone."""
-    slack = 0.1
+    slack: float = 0.1
     """The share that may be missing when memory counts as back."""
 
     def __init__(self, fd: int) -> None:
@@ -110,8 +110,8 @@ class CgroupMeter(Meter):
     Made with a first member.  Raises OSError where that is not allowed.
     """
 
-    exact = True
-    slack = 0.05
+    exact: bool = True
+    slack: float = 0.05
     _numbers = itertools.count(1)
 
     def __init__(self, pid: int) -> None:
@@ -126,13 +126,15 @@ class CgroupMeter(Meter):
                 except OSError as error:
                     why = error
                 else:
-                    self.name = f"memory cgroup (version {version})"
+                    self.name: str = f"memory cgroup (version {version})"
                     return
         raise why
 
     def _make(self, version: int, parent: str, pid: int) -> None:
         _sweep(parent)
-        self.path = f"{parent}/mrelease-{os.getpid()}-{next(self._numbers)}"
+        self.path: str = (
+            f"{parent}/mrelease-{os.getpid()}-{next(self._numbers)}"
+        )
         os.mkdir(self.path)
         file = "memory.current" if version == 2 else "memory.usage_in_bytes"
         try:
@@ -219,9 +221,9 @@ class Watch:
     """
 
     def __init__(self, meter: Meter, limit: int, *, give_up: float) -> None:
-        self.scheduling = "normal priority"
-        self.looks = 0
-        self.gap = 0.0
+        self.scheduling: str = "normal priority"
+        self.looks: int = 0
+        self.gap: float = 0.0
         self._meter = meter
         self._limit = limit
         self._give_up = give_up

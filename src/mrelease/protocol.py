@@ -76,10 +76,10 @@ class Terms:
         timeout: float,
         locks: str,
     ) -> None:
-        self.grace = _nanoseconds("grace", grace)
-        self.timeout = _nanoseconds("timeout", timeout)
-        self.protect = _protects(locks)
-        self.escalate = _escalation(escalate_on)
+        self.grace: int = _nanoseconds("grace", grace)
+        self.timeout: int = _nanoseconds("timeout", timeout)
+        self.protect: bool = _protects(locks)
+        self.escalate: int = _escalation(escalate_on)
 
 
 def carry_out(
