@@ -12,9 +12,10 @@ WHEEL_ENVS := $(WHEEL_PYTHONS:%=build/python-%)
 
 # What `make vm` boots, by Debian suite: one before the system call, with the
 # tests for that, and one after, with what is best shown on a machine of one's
-# own: a core dump into a pipe, cgroup v2, another kernel's answers.
+# own: a core dump into a pipe, cgroup v2, all capabilities.
 VM_OLD := bullseye tests/test_without_the_call.py
-VM_NEW := trixie tests/test_kernel_results.py tests/test_memory_goes.py
+VM_NEW := trixie tests/test_kernel_results.py tests/test_memory_goes.py \
+    tests/test_rights.py tests/test_support.py
 
 VENV := .venv
 PY := $(VENV)/bin/python

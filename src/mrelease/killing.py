@@ -33,7 +33,8 @@ def kill(
     With a grace, in seconds, SIGTERM goes out first.  If the process has not
     ended when the grace is over, or when escalate_on can be read (an eventfd,
     a pipe: a file descriptor or an object with fileno(), open until the call
-    returns) or has news (a pressure trigger), SIGKILL follows on the same
+    returns) or has news (a pressure trigger; not cgroup.events or
+    memory.events, which tell of news by an error), SIGKILL follows on the same
     pidfd.
 
     SIGKILL and process_mrelease(2) leave in one native call, in the calling
