@@ -147,10 +147,15 @@ conclude(struct reap *reap)
         reap->freed = true;
         return done(reap, REAP_EXITED);
     }
+    if (reap->deadline == 0) {
+        set_deadline(reap);
+    }
     while ((memory = procfs_ask_memory(reap->memory)) == PROCFS_MEMORY_USED) {
         int64_t now = reap_now();
         was_used = true;
-        if (reap->hurried || now >= reap->exited + SETTLE) {
+        if (reap->hurried || now >= reap->exited + SETTLE ||
+            now >= reap->deadline)
+        {
             break;
         }
         wait_for(NULL, 0, now + PAUSE_FIRST);
@@ -182,17 +187,26 @@ check_no_memory(struct reap *reap)
     return REAP_NEXT;
 }
 
+static void
+close_memory(struct reap *reap)
+{
+    if (reap->memory >= 0) {
+        close(reap->memory);
+        reap->memory = -1;
+    }
+}
+
 /* The memory is opened first: what the status then tells of is what it is. */
 static void
 read_footprint(struct reap *reap)
 {
-    reap_finish(reap);
+    close_memory(reap);
     reap->memory = procfs_open_memory(reap->pid);
     reap->has_footprint = procfs_read_status(reap->pid, &reap->before) == 0;
     pid_t user = reap->has_footprint ? reap->before.user : 0;
     if (user != reap->pid) {
         /* Older kernels open it all the same, and then call it unused. */
-        reap_finish(reap);
+        close_memory(reap);
         if (user != 0) {
             reap->memory = procfs_open_memory(user);
         }
@@ -207,7 +221,7 @@ forget_stranger(struct reap *reap)
 {
     if (sys_pidfd_send_signal(reap->pidfd, 0) < 0 && errno == ESRCH) {
         reap->has_footprint = false;
-        reap_finish(reap);
+        close_memory(reap);
     }
 }
 
@@ -289,7 +303,7 @@ look(struct reap *reap)
         reap->locks = locks_look(reap->pid, threads, &no_fd);
         if (no_fd && reap->memory >= 0) {
             /* That was the last; the locks matter more. */
-            reap_finish(reap);
+            close_memory(reap);
             reap->locks = locks_look(reap->pid, threads, &no_fd);
         }
     }
@@ -582,8 +596,5 @@ reap_hurry(struct reap *reap)
 void
 reap_finish(struct reap *reap)
 {
-    if (reap->memory >= 0) {
-        close(reap->memory);
-    }
-    reap->memory = -1;
+    close_memory(reap);
 }

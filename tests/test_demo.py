@@ -245,23 +245,35 @@ def cpu_time(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def test_victim_and_busy_processes_compete_in_the_same_groups(
-    running: Running,
-) -> None:
-    running.popen.send_signal(signal.SIGSTOP)
-    victim = running.victim()
-    assert victim is not None
+def groups_and_cpus(pid: int) -> tuple[str, ...]:
+    autogroup = Path(f"/proc/{pid}/autogroup")
+    return (
+        Path(f"/proc/{pid}/cgroup").read_text(),
+        autogroup.read_text() if autogroup.exists() else "",
+        str(os.sched_getaffinity(pid)),
+    )
 
-    def groups(pid: int) -> tuple[str, ...]:
-        autogroup = Path(f"/proc/{pid}/autogroup")
-        return (
-            Path(f"/proc/{pid}/cgroup").read_text(),
-            autogroup.read_text() if autogroup.exists() else "",
-            str(os.sched_getaffinity(pid)),
-        )
 
-    for pid in descendants(running.popen.pid) - {victim}:
-        assert groups(pid) == groups(victim)
+def test_victim_and_busy_processes_compete_in_the_same_groups() -> None:
+    for _ in range(20):
+        with contextlib.closing(Running()) as running:
+            running.popen.send_signal(signal.SIGSTOP)
+            victim = running.victim()
+            if victim is None:
+                continue
+            expected = groups_and_cpus(victim)
+            found = [
+                groups_and_cpus(pid)
+                for pid in descendants(running.popen.pid) - {victim}
+            ]
+            # The demo may have killed it before it was stopped itself, and
+            # what is ending is in no group any more.
+            if victims.status_of(victim)["State"][0] in "ZX":
+                continue
+            assert found
+            assert set(found) == {expected}
+            return
+    pytest.fail("the victim had ended each time")
 
 
 def test_the_victim_holds_private_memory_that_is_touched() -> None:
