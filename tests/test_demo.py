@@ -67,7 +67,14 @@ def run(mib: int, give_up: float = 15.0, **env: str) -> tuple[int, str, str]:
         env=os.environ | env,
         timeout=120,
     )
+    skip_if_noisy(done.stderr.decode())
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def skip_if_noisy(err: str) -> None:
+    """Without a memory cgroup, what others do is measured too."""
+    if "MemAvailable" in err and "too much else is going on" in err:
+        pytest.skip(err)
 
 
 def descendants(pid: int) -> set[int]:
@@ -207,7 +214,8 @@ def test_the_plain_kill_is_given_up_and_shown_as_not_yet(
     begun = time.monotonic()
     demo.demo(size=16 * MIB, give_up=0.5)
     assert time.monotonic() - begun < 14  # it would be 15 of its own
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    skip_if_noisy(err)
     assert "not yet (given up after 0.5 s)" in out
     assert "With mrelease" in out
     assert "more than " in out or "not back either" in out

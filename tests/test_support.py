@@ -152,6 +152,8 @@ CALLS = [
     ("process_vm_readv", "locks"),
     ("sched_setattr", "raising"),
 ]
+# Without a filter; an ordinary user may raise nobody.
+WORKING = {f for _, f in CALLS if getattr(support(), f).works}
 each_call = pytest.mark.parametrize(("call", "feature"), CALLS)
 SEEN = [call for call in CALLS if call[0] != "pidfd_open"]
 
@@ -188,7 +190,7 @@ def test_probe_tells_which_call_is_refused_and_how(
     assert judged.why.startswith(f"{call}: {why}")
     assert f"Allow {call} in the seccomp policy" in judged.advice
     assert bool(found) is (feature not in ("release", "signal"))
-    rest = [getattr(found, f) for _, f in CALLS if f != feature]
+    rest = [getattr(found, f) for f in WORKING - {feature}]
     assert all(other.works is True for other in rest), rest
 
 
@@ -226,7 +228,7 @@ def test_probe_tells_a_kill_policy_and_kills_nobody_else(
     assert judged.works is False
     assert judged.why.startswith(f"{call}: a seccomp policy kills whoever")
     assert "Allow" in judged.advice
-    rest = [getattr(seen.found, f) for _, f in CALLS if f != feature]
+    rest = [getattr(seen.found, f) for f in WORKING - {feature}]
     assert all(other.works is True for other in rest), rest
 
 
@@ -298,8 +300,8 @@ def without_proc() -> tuple[Support, Support]:
     )
     for function, *args in steps:
         if function(*args) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, f"{function.__name__}: {os.strerror(code)}")
+            why = os.strerror(ctypes.get_errno())
+            pytest.skip(f"/proc cannot be taken away: {why}")
     assert not Path("/proc/self").exists()
     return support(), support(probe=True)
 
