@@ -244,19 +244,25 @@ def test_8_interpreters_kill_at_once(rounds: Callable[[int], int]) -> None:
         barrier = threading.Barrier(len(pids))
 
         def work(i: int) -> None:
-            with Interpreter() as other:
-                barrier.wait()
-                answers[i] += [
-                    other.run(KILL.format(pid=pid)) for pid in pids[i]
-                ]
+            barrier.wait()
+            answers[i] += [
+                others[i].run(KILL.format(pid=pid)) for pid in pids[i]
+            ]
 
-        threads = [
-            threading.Thread(target=work, args=(i,)) for i in range(len(pids))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ExitStack() as made_here:
+            # One after the other: Python 3.12.1 crashes where interpreters
+            # are made, import enum and end at once, also without mrelease.
+            others = [made_here.enter_context(Interpreter()) for _ in pids]
+            for other in others:
+                other.run("import mrelease")
+            threads = [
+                threading.Thread(target=work, args=(i,))
+                for i in range(len(pids))
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         return [answer for some in answers for answer in some]
 
     with ExitStack() as stack:
