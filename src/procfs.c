@@ -92,11 +92,8 @@ take_line(struct procfs_status *status, const char *line, bool *has_mm)
         }
         return;
     case 'S':
-        if ((value = value_of(line, "State:\t")) != NULL) {
-            status->state = value[0];
-        }
         /* Not SigPnd: execve() by another thread sets SIGKILL there. */
-        else if ((value = value_of(line, "ShdPnd:")) != NULL) {
+        if ((value = value_of(line, "ShdPnd:")) != NULL) {
             unsigned long long pending = strtoull(value, NULL, 16);
             status->kill_pending |= (pending >> (SIGKILL - 1)) & 1;
         }
@@ -174,7 +171,6 @@ take_memory_of_threads(pid_t pid, struct procfs_status *status)
         }
         if (read_status_fd(fd, tid, &thread) == 0 && thread.user != 0) {
             thread.tgid = status->tgid;
-            thread.state = status->state;
             *status = thread;
         }
         close(fd);

@@ -32,7 +32,6 @@ struct procfs_status {
     pid_t tgid;                 /* differs from the pid asked for a thread */
     pid_t user;                 /* a thread that uses the memory, or 0 */
     int threads;
-    char state;                 /* R S D T t Z X I */
     bool dumping;               /* a core dump is being written */
     bool kill_pending;          /* SIGKILL was sent to it */
 };

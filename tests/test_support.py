@@ -71,6 +71,15 @@ def test_every_feature_says_why_and_what_to_do() -> None:
     assert all(described(f) for f in support().features)
 
 
+def test_it_answers_whatever_the_caller_is_called() -> None:
+    def named() -> Support:
+        name = "\N{LATIN SMALL LETTER U WITH DIAERESIS}\xff".encode()
+        ctypes.CDLL(None).prctl(15, name, 0, 0, 0)  # PR_SET_NAME
+        return support()
+
+    assert in_child(named) == support()
+
+
 @pytest.mark.needs("root")
 def test_root_may_raise_kill_and_look_at_everything() -> None:
     effective = int(victims.status_of(os.getpid())["CapEff"], 16)

@@ -160,6 +160,18 @@ def _cannot_pin(pid: int, error: OSError) -> Exception:
     )
 
 
+def read_fields(path: str) -> dict[str, str]:
+    """Read a file of /proc whose lines are a name, a colon, a tab, a value.
+
+    Raises OSError.
+    """
+    # A process may be named in any encoding.
+    with open(path, encoding="ascii", errors="replace") as file:
+        return dict(
+            line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line
+        )
+
+
 def check_start(started: int | None) -> None:
     """Raise TypeError unless this can be a start time."""
     if started is not None and (

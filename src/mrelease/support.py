@@ -6,6 +6,7 @@ import os
 from errno import ENOSYS, EPERM, errorcode
 
 from mrelease import _mrelease
+from mrelease.process import read_fields
 from mrelease.value import Value
 
 _CAP_KILL = 5
@@ -149,12 +150,7 @@ class _Status:
         self.seccomp: bool | None = None
         self.capabilities: int | None = None
         try:
-            with open("/proc/thread-self/status", encoding="ascii") as file:
-                lines = dict(
-                    line.rstrip("\n").split(":\t", 1)
-                    for line in file
-                    if ":\t" in line
-                )
+            lines = read_fields("/proc/thread-self/status")
         except OSError:
             return
         self.readable = True

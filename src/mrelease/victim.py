@@ -15,6 +15,7 @@ from mrelease.process import (
     other_process,
     pid_of,
     pin,
+    read_fields,
 )
 from mrelease.protocol import Terms, carry_out, kernel_thread
 from mrelease.release import Outcome
@@ -275,14 +276,7 @@ def _pid_of_pidfd(own: _mrelease.Pidfd, given: int) -> int:
             "not mounted, or is of another pid namespace",
         )
     try:
-        with open(
-            f"/proc/self/fdinfo/{own.fileno()}", encoding="ascii"
-        ) as file:
-            lines = dict(
-                line.rstrip("\n").split(":\t", 1)
-                for line in file
-                if ":\t" in line
-            )
+        lines = read_fields(f"/proc/self/fdinfo/{own.fileno()}")
     except OSError as error:
         raise OSError(
             error.errno,
