@@ -42,7 +42,7 @@ open_proc(pid_t pid, const char *name, int flags)
         return -1;
     }
     snprintf(path, sizeof(path), "/proc/%d/%s", (int)pid, name);
-    return open(path, O_RDONLY | O_CLOEXEC | flags);
+    return open(path, O_CLOEXEC | flags);
 }
 
 /* If `line` begins with `key`, the text behind it, else NULL. */
@@ -267,23 +267,25 @@ procfs_is_dying(pid_t pid)
 int
 procfs_open_memory(pid_t tid)
 {
-    return open_proc(tid, "mem", 0);
+    return open_proc(tid, "mem", O_RDWR);
 }
 
 enum procfs_memory
 procfs_ask_memory(int fd)
 {
-    char byte;
+    /* Through a pointer to nothing, so that nothing can be written.  The
+     * kernel asks first whether the memory has users (if not, it is the end of
+     * the file), then for the byte to write (EFAULT), and only then for the
+     * victim's mmap_lock: it never comes to wait for that (mem_rw() in
+     * fs/proc/base.c).  A read would.
+     */
+    static const char *const volatile nothing = NULL;
 
     if (fd < 0) {
         return PROCFS_MEMORY_UNKNOWN;
     }
-    /* Nobody maps address 0, so a read there fails; but of memory without
-     * users it is the end of the file (mem_rw() in fs/proc/base.c, as old as
-     * git).
-     */
-    return pread(fd, &byte, 1, 0) == 0 ? PROCFS_MEMORY_UNUSED
-                                       : PROCFS_MEMORY_USED;
+    return pwrite(fd, nothing, 1, 0) == 0 ? PROCFS_MEMORY_UNUSED
+                                          : PROCFS_MEMORY_USED;
 }
 
 bool
@@ -300,6 +302,9 @@ procfs_has_our_words(pid_t pid)
     }
     ssize_t n = read(fd, words, sizeof(words));
     close(fd);
+    if (n == 0) {
+        return true;            /* it has let go of its memory: no words */
+    }
     if (n != (ssize_t)sizeof(words)) {
         return false;
     }

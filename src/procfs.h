@@ -57,7 +57,8 @@ procfs_is_dying(pid_t pid);
 /* The memory of a process, to be asked about even after it has ended.
  *
  * An fd for a thread that uses it, or -1: there is no such thread, or the
- * caller may not trace the process (PTRACE_MODE_ATTACH).  It keeps no page.
+ * caller may not trace the process (PTRACE_MODE_ATTACH).  It keeps no page,
+ * and what is asked waits for no lock of the victim's.
  */
 int
 procfs_open_memory(pid_t tid);
@@ -71,7 +72,9 @@ enum procfs_memory {
 enum procfs_memory
 procfs_ask_memory(int fd);
 
-/* Is it a program of our own word size?  false also when that is not known. */
+/* Is it a program of our own word size, or one without memory?  false also
+ * when that is not known.
+ */
 bool
 procfs_has_our_words(pid_t pid);
 

@@ -52,29 +52,11 @@ after(int64_t a, int64_t b)
     return b > INT64_MAX - a ? INT64_MAX : a + b;
 }
 
-/* Wait for events on fds until `until`.  Like ppoll(). */
-static int
-wait_for(struct pollfd *fds, nfds_t count, int64_t until)
+static enum reap_progress
+wait_until(struct reap *reap, int64_t when)
 {
-    int64_t left = until - reap_now();
-    if (left < 0) {
-        left = 0;
-    }
-    struct timespec timeout = {
-        .tv_sec = (time_t)(left / (1000 * MS)),
-        .tv_nsec = (long)(left % (1000 * MS)),
-    };
-    return ppoll(fds, count, &timeout, NULL);
-}
-
-/* After a wait that returned n: should the caller look at its signals?  At
- * the latest after a while, since a signal that arrives just before a wait
- * does not interrupt it.
- */
-static bool
-is_pause_due(const struct reap *reap, int n)
-{
-    return n < 0 || (n == 0 && reap_now() - reap->entered >= LONGEST_WAIT);
+    reap->wake_at = when;
+    return REAP_WAIT;
 }
 
 static void
@@ -136,9 +118,6 @@ has_no_memory(const struct reap *reap)
 static enum reap_progress
 conclude(struct reap *reap)
 {
-    bool was_used = false;
-    enum procfs_memory memory;
-
     if (reap->outcome == REAP_RELEASED) {
         reap->freed = true;
         return REAP_DONE;
@@ -150,17 +129,17 @@ conclude(struct reap *reap)
     if (reap->deadline == 0) {
         set_deadline(reap);
     }
-    while ((memory = procfs_ask_memory(reap->memory)) == PROCFS_MEMORY_USED) {
+    enum procfs_memory memory = procfs_ask_memory(reap->memory);
+    if (memory == PROCFS_MEMORY_USED) {
         int64_t now = reap_now();
-        was_used = true;
-        if (reap->hurried || now >= reap->exited + SETTLE ||
-            now >= reap->deadline)
+        reap->was_used = true;
+        if (!reap->hurried && now < reap->exited + SETTLE &&
+            now < reap->deadline)
         {
-            break;
+            return wait_until(reap, now + PAUSE_FIRST);
         }
-        wait_for(NULL, 0, now + PAUSE_FIRST);
     }
-    reap->freed = memory == PROCFS_MEMORY_UNUSED && !was_used &&
+    reap->freed = memory == PROCFS_MEMORY_UNUSED && !reap->was_used &&
                   reap->outcome != REAP_SHARED;
     switch (reap->outcome) {
     case REAP_LOCKED:
@@ -228,8 +207,8 @@ forget_stranger(struct reap *reap)
 /* What to wait for on the fd that ends the grace.  A file of the kernel's can
  * always be read, and tells of news by POLLPRI (a pressure trigger does).
  */
-static short
-news_of(int fd)
+short
+reap_news_of(int fd)
 {
     struct stat found;
     bool is_file = fstat(fd, &found) == 0 && S_ISREG(found.st_mode);
@@ -239,7 +218,7 @@ news_of(int fd)
 static enum reap_progress
 begin_grace(struct reap *reap)
 {
-    reap->escalate_events = news_of(reap->escalate_fd);
+    reap->escalate_events = reap_news_of(reap->escalate_fd);
     read_footprint(reap);
     if (has_no_memory(reap)) {
         enum reap_progress progress = check_no_memory(reap);
@@ -261,55 +240,57 @@ wait_grace(struct reap *reap)
 {
     int64_t end = after(reap->terminated, reap->grace);
 
-    while (!reap->hurried) {
-        int64_t now = reap_now();
-        if (now >= end) {
-            break;
-        }
-        struct pollfd fds[2] = {
-            {.fd = reap->pidfd, .events = POLLIN},
-            {.fd = reap->escalate_fd, .events = reap->escalate_events},
-        };
-        int n = wait_for(fds, 2, earlier(end, now + LONGEST_WAIT));
-        if (is_pause_due(reap, n)) {
-            return REAP_PAUSED;
-        }
-        if (fds[0].revents & POLLIN) {
-            reap->exited = reap_now();
-            return ended(reap);
-        }
-        if (fds[1].revents & (POLLERR | POLLNVAL)) {
-            /* What it watched is gone (a removed cgroup), or it was closed:
-             * nothing will ever be told by it.
-             */
-            reap->escalate_fd = -1;
-        }
-        else if (fds[1].revents != 0) {
-            break;
-        }
+    if (is_ended(reap)) {
+        return ended(reap);
+    }
+    if (!reap->hurried && !reap->escalated && reap_now() < end) {
+        return wait_until(reap, end);
     }
     reap->step = STRIKE;
     return REAP_NEXT;
 }
 
-/* What must be known before the signal: the footprint, and the locks. */
-static void
-look(struct reap *reap)
+void
+reap_heard(struct reap *reap, short events)
+{
+    if (events & (POLLERR | POLLNVAL)) {
+        /* What it watched is gone (a removed cgroup), or it was closed:
+         * nothing will ever be told by it.
+         */
+        reap->escalate_fd = -1;
+    }
+    else if (events != 0) {
+        reap->escalated = true;
+    }
+}
+
+enum reap_progress
+reap_prepare(struct reap *reap)
 {
     read_footprint(reap);
-    if (reap->protect) {
-        int threads = reap->has_footprint ? reap->before.threads : 0;
-        bool no_fd;
-        reap->locks = locks_look(reap->pid, threads, &no_fd);
-        if (no_fd && reap->memory >= 0) {
-            /* That was the last; the locks matter more. */
-            close_memory(reap);
-            reap->locks = locks_look(reap->pid, threads, &no_fd);
+    if (has_no_memory(reap)) {
+        enum reap_progress progress = check_no_memory(reap);
+        if (progress != REAP_NEXT) {
+            return progress;
         }
     }
     if (reap->has_footprint) {
         reap->until_end =
             reap->before.shmem + reap->before.hugetlb >= WORTH_WAITING;
+    }
+    return REAP_STRIKE;
+}
+
+static void
+look_at_locks(struct reap *reap)
+{
+    int threads = reap->has_footprint ? reap->before.threads : 0;
+    bool no_fd;
+    reap->locks = locks_look(reap->pid, threads, &no_fd);
+    if (no_fd && reap->memory >= 0) {
+        /* That was the last; the locks matter more. */
+        close_memory(reap);
+        reap->locks = locks_look(reap->pid, threads, &no_fd);
     }
 }
 
@@ -327,18 +308,16 @@ is_dying(const struct reap *reap)
     return reap->signalled != 0 || procfs_is_dying(reap->pid);
 }
 
-/* Note what an attempt to release came to: its errno, or 0. */
+/* Note what the last call of an attempt to release came to. */
 static void
-note_attempt(struct reap *reap, int err)
+note_attempt(struct reap *reap, int err, int64_t at)
 {
-    int64_t now = reap_now();
-
     reap->attempts++;
     reap->err = err;
     reap->retrying = false;
     switch (err) {
     case 0:
-        reap->released = now;
+        reap->released = at;
         reap->outcome = REAP_RELEASED;
         return;
     case ESRCH:
@@ -376,31 +355,39 @@ note_attempt(struct reap *reap, int err)
      */
     reap->retrying = true;
     lengthen_pause(reap);
-    reap->next_try = now + reap->pause;
+    reap->next_try = at + reap->pause;
 }
 
 static void
 release(struct reap *reap)
 {
     int rc = sys_process_mrelease(reap->pidfd, 0);
-    note_attempt(reap, rc < 0 ? errno : 0);
+    note_attempt(reap, rc < 0 ? errno : 0, reap_now());
 }
 
-/* Once, and never while it writes a core dump: that may be long, and it is
- * not teardown.
- */
-static void
-raise_once(struct reap *reap)
+/* Is a core dump being written?  It may be long, and it is not teardown. */
+static bool
+is_dumping(const struct reap *reap)
 {
-    if (!reap->tried_raise && reap->outcome != REAP_DUMPING &&
-        !is_ended(reap) && is_dying(reap))
+    struct procfs_status status;
+    if (reap->attempts > 0) {
+        return reap->outcome == REAP_DUMPING;
+    }
+    return procfs_read_status(reap->pid, &status) == 0 && status.dumping;
+}
+
+void
+reap_raise(struct reap *reap)
+{
+    if (!reap->tried_raise && !is_ended(reap) && is_dying(reap) &&
+        !is_dumping(reap))
     {
         reap->tried_raise = true;
         reap->raised = raise_victim(reap->pidfd, reap->pid);
     }
 }
 
-/* The victim is dying, and the release was tried or is withheld. */
+/* The victim is dying, and the release is tried or withheld. */
 static enum reap_progress
 begin_follow(struct reap *reap, bool withhold)
 {
@@ -408,33 +395,17 @@ begin_follow(struct reap *reap, bool withhold)
         reap->outcome = REAP_LOCKED;
     }
     set_deadline(reap);
-    raise_once(reap);
     reap->step = FOLLOW;
     return REAP_NEXT;
 }
 
-/* SIGKILL, and the release if it is not withheld. */
-static enum reap_progress
-kill_and_release(struct reap *reap, bool withhold)
+enum reap_progress
+reap_struck(struct reap *reap, int err, int64_t at)
 {
-    int64_t now = reap_now();
-    int sent = sys_pidfd_send_signal(reap->pidfd, SIGKILL);
-    if (sent == 0 && !withhold) {
-        /* Nothing may come between the two calls: the victim is out of reach
-         * within tens of microseconds.
-         */
-        int rc = sys_process_mrelease(reap->pidfd, 0);
-        int err = rc < 0 ? errno : 0;
-        reap->signalled = now;
-        note_attempt(reap, err);
-        return begin_follow(reap, withhold);
+    if (err == 0) {
+        reap->signalled = at;
+        return begin_follow(reap, false);
     }
-    if (sent == 0) {
-        reap->signalled = now;
-        return begin_follow(reap, withhold);
-    }
-
-    int err = errno;
     if (reap->terminated == 0) {
         return refuse(reap, err);
     }
@@ -442,7 +413,7 @@ kill_and_release(struct reap *reap, bool withhold)
         /* It ended at the very end of its grace. */
         forget_stranger(reap);
         if (reap->exited == 0) {
-            reap->exited = now;
+            reap->exited = at;
         }
         return ended(reap);
     }
@@ -453,6 +424,45 @@ kill_and_release(struct reap *reap, bool withhold)
     return done(reap, REAP_ALIVE);
 }
 
+void
+reap_withhold(struct reap *reap)
+{
+    reap->outcome = REAP_LOCKED;
+}
+
+void
+reap_tried(struct reap *reap, int calls, int err, int64_t at)
+{
+    note_attempt(reap, err, at);
+    reap->attempts += calls - 1;
+}
+
+/* SIGKILL, and the release if it is not withheld. */
+static enum reap_progress
+kill_and_release(struct reap *reap, bool withhold)
+{
+    int64_t now = reap_now();
+    int sent = sys_pidfd_send_signal(reap->pidfd, SIGKILL);
+    int kill_err = sent < 0 ? errno : 0;
+    if (sent == 0 && !withhold) {
+        /* Nothing may come between the two calls: the victim is out of reach
+         * within tens of microseconds.
+         */
+        int rc = sys_process_mrelease(reap->pidfd, 0);
+        int err = rc < 0 ? errno : 0;
+        reap->signalled = now;
+        note_attempt(reap, err, reap_now());
+    }
+    enum reap_progress progress = reap_struck(reap, kill_err, now);
+    if (sent == 0) {
+        if (withhold) {
+            reap_withhold(reap);
+        }
+        reap_raise(reap);
+    }
+    return progress;
+}
+
 /* Without a signal: the process is dying already, or is left alone. */
 static enum reap_progress
 release_only(struct reap *reap, bool withhold)
@@ -461,31 +471,34 @@ release_only(struct reap *reap, bool withhold)
         forget_stranger(reap);
         return ended(reap);
     }
-    if (withhold) {
-        return is_dying(reap) ? begin_follow(reap, withhold)
-                              : done(reap, REAP_ALIVE);
+    if (withhold && !is_dying(reap)) {
+        return done(reap, REAP_ALIVE);
     }
-    release(reap);
-    if (reap->was_dying) {
-        release(reap);          /* it may have come after the first call */
+    if (!withhold) {
+        release(reap);
+        if (reap->was_dying) {
+            release(reap);      /* it may have come after the first call */
+        }
+        if (reap->outcome == REAP_ALIVE ||
+            (reap->outcome == REAP_UNSUPPORTED && !is_dying(reap)))
+        {
+            return REAP_DONE;
+        }
     }
-    if (reap->outcome == REAP_ALIVE ||
-        (reap->outcome == REAP_UNSUPPORTED && !is_dying(reap)))
-    {
-        return REAP_DONE;
-    }
-    return begin_follow(reap, withhold);
+    enum reap_progress progress = begin_follow(reap, withhold);
+    reap_raise(reap);
+    return progress;
 }
 
 static enum reap_progress
 strike(struct reap *reap)
 {
-    look(reap);
-    if (has_no_memory(reap)) {
-        enum reap_progress progress = check_no_memory(reap);
-        if (progress != REAP_NEXT) {
-            return progress;
-        }
+    enum reap_progress progress = reap_prepare(reap);
+    if (progress != REAP_STRIKE) {
+        return progress;
+    }
+    if (reap->protect) {
+        look_at_locks(reap);
     }
     bool withhold = reap->protect && reap->locks == LOCKS_HELD;
     return reap->send ? kill_and_release(reap, withhold)
@@ -513,12 +526,12 @@ static enum reap_progress
 follow(struct reap *reap)
 {
     for (;;) {
-        if (is_ended(reap)) {
-            return ended(reap);
-        }
         int64_t now = reap_now();
         int64_t until = reap->hurried ? now : reap->deadline;
         bool is_last = now >= until;
+        if (is_ended(reap) && (!reap->releasing || is_last)) {
+            return ended(reap);
+        }
         if (reap->outcome == REAP_RELEASED && !reap->until_end) {
             until = earlier(until, reap->released + SETTLE);
         }
@@ -536,32 +549,25 @@ follow(struct reap *reap)
             if (is_ended(reap)) {
                 return ended(reap);
             }
-            return reap->outcome == REAP_RELEASED ? done(reap, REAP_PARTIAL)
-                                                  : REAP_DONE;
+            return reap->releasing || reap->outcome == REAP_RELEASED
+                       ? done(reap, REAP_PARTIAL)
+                       : REAP_DONE;
         }
-        if (reap->retrying && now >= reap->next_try) {
-            release(reap);
-            raise_once(reap);
-            continue;
-        }
-        if (reap->retrying) {
+        if (reap->retrying && !reap->releasing) {
+            if (now >= reap->next_try) {
+                return REAP_RELEASE;
+            }
             until = earlier(until, reap->next_try);
         }
-
-        struct pollfd fd = {.fd = reap->pidfd, .events = POLLIN};
-        int n = wait_for(&fd, 1, earlier(until, now + LONGEST_WAIT));
-        if (is_pause_due(reap, n)) {
-            return REAP_PAUSED;
-        }
+        return wait_until(reap, until);
     }
 }
 
 enum reap_progress
-reap_run(struct reap *reap)
+reap_advance(struct reap *reap)
 {
     enum reap_progress progress;
 
-    reap->entered = reap_now();
     if (reap->step == BEGIN && (!reap->send || reap->grace == 0)) {
         reap->step = STRIKE;
     }
@@ -574,8 +580,7 @@ reap_run(struct reap *reap)
             progress = wait_grace(reap);
             break;
         case STRIKE:
-            progress = strike(reap);
-            break;
+            return REAP_STRIKE;
         case FOLLOW:
             progress = follow(reap);
             break;
@@ -585,6 +590,63 @@ reap_run(struct reap *reap)
         }
     } while (progress == REAP_NEXT);
     return progress;
+}
+
+/* Wait as reap_advance() asked for.  false: the caller should look at its
+ * signals first.  At the latest after a while, since a signal that arrives
+ * just before a wait does not interrupt it.
+ */
+static bool
+wait_here(struct reap *reap, int64_t entered)
+{
+    struct pollfd fds[2] = {
+        {.fd = reap->exited == 0 ? reap->pidfd : -1, .events = POLLIN},
+        {.fd = reap->step == GRACE ? reap->escalate_fd : -1,
+         .events = reap->escalate_events},
+    };
+    int64_t now = reap_now();
+    int64_t left = earlier(reap->wake_at, now + LONGEST_WAIT) - now;
+    if (left < 0) {
+        left = 0;
+    }
+    struct timespec timeout = {
+        .tv_sec = (time_t)(left / (1000 * MS)),
+        .tv_nsec = (long)(left % (1000 * MS)),
+    };
+    int n = ppoll(fds, 2, &timeout, NULL);
+    if (n < 0 || (n == 0 && reap_now() - entered >= LONGEST_WAIT)) {
+        return false;
+    }
+    reap_heard(reap, fds[1].revents);
+    return true;
+}
+
+enum reap_progress
+reap_run(struct reap *reap)
+{
+    int64_t entered = reap_now();
+
+    for (;;) {
+        enum reap_progress progress = reap_advance(reap);
+        if (progress == REAP_STRIKE) {
+            progress = strike(reap);
+        }
+        switch (progress) {
+        case REAP_NEXT:
+            break;
+        case REAP_RELEASE:
+            release(reap);
+            reap_raise(reap);
+            break;
+        case REAP_WAIT:
+            if (!wait_here(reap, entered)) {
+                return REAP_PAUSED;
+            }
+            break;
+        default:
+            return progress;
+        }
+    }
 }
 
 void

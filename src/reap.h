@@ -4,10 +4,16 @@
  * process_mrelease with nothing between them; then the wait until the victim
  * has ended or what became of its memory is known.
  *
- * reap_run() does the work in the caller's thread.  It returns early, with
+ * There are two ways to drive it, with the same protocol in both:
+ *
+ * reap_run() does all of it in the caller's thread.  It returns early, with
  * REAP_PAUSED, when a wait was interrupted, so that the caller can look at its
- * signals; called again, it goes on where it was.  No allocation, no state
- * outside the struct.
+ * signals; called again, it goes on where it was.
+ *
+ * reap_advance() never blocks: it says what is due next, and who drives many
+ * victims at once waits, strikes and releases wherever it wants to.
+ *
+ * No allocation, no state outside the struct.
  */
 
 #ifndef MRELEASE_REAP_H
@@ -37,9 +43,13 @@ enum reap_outcome {
 
 enum reap_progress {
     REAP_DONE,
-    REAP_PAUSED,
     REAP_REFUSED,               /* no signal was sent; see refused */
-    REAP_NEXT,                  /* for reap.c alone, never returned */
+    REAP_PAUSED,                /* by reap_run() alone */
+    /* By reap_advance() and what it is used with: */
+    REAP_WAIT,                  /* until wake_at, or until an fd has news */
+    REAP_STRIKE,                /* the look and SIGKILL are due */
+    REAP_RELEASE,               /* another try of the release is due */
+    REAP_NEXT,                  /* ask reap_advance() */
 };
 
 /* All times are nanoseconds of CLOCK_MONOTONIC. */
@@ -71,15 +81,20 @@ struct reap {
 
     int memory;         /* -1 to begin with; see procfs_open_memory() */
 
+    /* For who drives it with reap_advance(). */
+    int64_t wake_at;            /* with REAP_WAIT */
+    bool releasing;             /* a release is under way or in a queue */
+
     /* Where it is.  For reap.c alone; zero to begin with. */
     int step;
     short escalate_events;
+    bool escalated;
     bool hurried;
     bool tried_raise;
     bool retrying;
     bool was_dying;
+    bool was_used;
     bool until_end;
-    int64_t entered;
     int64_t pause;
     int64_t next_try;
     int64_t deadline;
@@ -93,6 +108,41 @@ reap_run(struct reap *reap);
  */
 void
 reap_hurry(struct reap *reap);
+
+/* Go on as far as is possible without blocking.  REAP_STRIKE is answered with
+ * reap_prepare() and, if that says REAP_STRIKE as well, with SIGKILL and
+ * reap_struck(); REAP_RELEASE with process_mrelease() and reap_tried().
+ */
+enum reap_progress
+reap_advance(struct reap *reap);
+
+/* Before SIGKILL: read the footprint. */
+enum reap_progress
+reap_prepare(struct reap *reap);
+
+/* SIGKILL went out at this time, or failed with err. */
+enum reap_progress
+reap_struck(struct reap *reap, int err, int64_t at);
+
+/* Robust locks are held: there will be no release. */
+void
+reap_withhold(struct reap *reap);
+
+/* process_mrelease() was called so often, and gave err or 0 at this time. */
+void
+reap_tried(struct reap *reap, int calls, int err, int64_t at);
+
+/* Once SIGKILL went out: raise the victim, if that was not tried yet. */
+void
+reap_raise(struct reap *reap);
+
+/* What to poll(2) the fd for that ends the grace. */
+short
+reap_news_of(int fd);
+
+/* The fd that ends the grace has these events of poll(2). */
+void
+reap_heard(struct reap *reap, short events);
 
 /* Give back what the protocol holds, whatever became of it. */
 void

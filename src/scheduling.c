@@ -1,0 +1,61 @@
+#include "scheduling.h"
+
+#include <errno.h>
+#include <sched.h>              /* SCHED_FIFO */
+#include <string.h>             /* memset() */
+#include <sys/resource.h>       /* RLIMIT_NICE */
+
+#ifndef SCHED_DEADLINE
+#  define SCHED_DEADLINE 6
+#endif
+#define FLAG_RESET_ON_FORK 1    /* SCHED_FLAG_RESET_ON_FORK */
+
+bool
+scheduling_is_realtime(uint32_t policy)
+{
+    return policy == SCHED_FIFO || policy == SCHED_RR ||
+           policy == SCHED_DEADLINE;
+}
+
+/* The best nice value that an unprivileged caller may set (setrlimit(2)). */
+static int
+best_nice(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NICE, &limit) != 0) {
+        return 20;
+    }
+    return limit.rlim_cur >= 40 ? -20 : 20 - (int)limit.rlim_cur;
+}
+
+int
+scheduling_set_best(pid_t tid, const struct sys_sched_attr *before,
+                    enum scheduling_rung *from)
+{
+    for (; *from < SCHEDULING_NONE; ++*from) {
+        struct sys_sched_attr wanted;
+        memset(&wanted, 0, sizeof(wanted));
+        wanted.size = sizeof(wanted);
+        wanted.flags = FLAG_RESET_ON_FORK;
+        if (*from == SCHEDULING_FIFO) {
+            wanted.policy = SCHED_FIFO;
+            wanted.priority = 1;
+        }
+        else {
+            wanted.policy = SCHED_OTHER;
+            wanted.nice = *from == SCHEDULING_NICE ? -20 : best_nice();
+            if (wanted.nice > 19 ||
+                (before->policy != SCHED_IDLE && before->nice <= wanted.nice))
+            {
+                return EPERM;   /* no better than what it has */
+            }
+        }
+        if (sys_sched_setattr(tid, &wanted) == 0) {
+            return 0;
+        }
+        if (errno != EPERM) {
+            return errno;       /* the thread is gone, or seccomp */
+        }
+    }
+    return EPERM;
+}
