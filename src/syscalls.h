@@ -7,6 +7,7 @@
 #ifndef MRELEASE_SYSCALLS_H
 #define MRELEASE_SYSCALLS_H
 
+#include <linux/futex.h>        /* FUTEX_WAIT */
 #include <signal.h>             /* siginfo_t */
 #include <stddef.h>             /* size_t */
 #include <stdint.h>             /* uint32_t */
@@ -66,6 +67,40 @@ static inline long
 sys_get_robust_list(pid_t tid, void **head, size_t *size)
 {
     return syscall(SYS_get_robust_list, tid, head, size);
+}
+
+/* Wait while *word is `expected`, for so many nanoseconds at most, or wake up
+ * to `count` who wait.  Among threads of this process.
+ */
+static inline int
+sys_futex_wait(_Atomic uint32_t *word, uint32_t expected, int64_t ns)
+{
+#if defined(SYS_futex_time64) && !defined(__LP64__)
+    /* 32 bits: libc's own struct timespec may have a 64-bit time_t. */
+    struct {
+        int64_t tv_sec, tv_nsec;
+    } timeout = {ns / 1000000000, ns % 1000000000};
+    long number = SYS_futex_time64;
+#else
+    struct {
+        long tv_sec, tv_nsec;
+    } timeout = {(long)(ns / 1000000000), (long)(ns % 1000000000)};
+    long number = SYS_futex;
+#endif
+    return (int)syscall(number, word, FUTEX_WAIT | FUTEX_PRIVATE_FLAG,
+                        expected, &timeout, NULL, 0);
+}
+
+static inline int
+sys_futex_wake(_Atomic uint32_t *word, int count)
+{
+#if defined(SYS_futex_time64) && !defined(__LP64__)
+    long number = SYS_futex_time64;
+#else
+    long number = SYS_futex;
+#endif
+    return (int)syscall(number, word, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, count,
+                        NULL, NULL, 0);
 }
 
 /* struct sched_attr as Linux 3.14 had it (SCHED_ATTR_SIZE_VER0).  Not

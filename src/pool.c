@@ -1,0 +1,1470 @@
+#include "pool.h"
+
+#include <errno.h>
+#include <fcntl.h>              /* F_DUPFD_CLOEXEC */
+#include <limits.h>             /* INT_MAX */
+#include <poll.h>               /* POLLIN */
+#include <pthread.h>
+#include <signal.h>             /* SIGKILL, pthread_sigmask() */
+#include <stdatomic.h>
+#include <stdio.h>              /* snprintf() */
+#include <stdlib.h>             /* calloc(), qsort() */
+#include <string.h>             /* memset() */
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <time.h>               /* struct timespec */
+#include <unistd.h>             /* sysconf() */
+
+#include "locks.h"
+#include "procfs.h"
+#include "syscalls.h"
+
+#define US INT64_C(1000)
+#define MS INT64_C(1000000)
+
+/* How long a kill waits for the worker that was called ahead: to wake up, */
+#define ARRIVE (100 * US)
+/* and once it is there, to look at the locks.  Thousands of threads take some
+ * milliseconds; a victim that holds its mmap_lock takes for ever.
+ */
+#define LOOK (10 * MS)
+
+/* Whoever waits for that much longer lets go of the CPU meanwhile. */
+#define SPIN (300 * US)
+
+/* A worker that is ahead of the kill for so long waits for it asleep. */
+#define AHEAD (2 * MS)
+
+/* With one CPU the worker sends the signal itself; it has so long to wake. */
+#define ALONE (2 * MS)
+
+/* A worker that is with one victim for so long while others wait is replaced
+ * by a spare one.  1 GiB takes some 15 ms where nothing hinders it; that one
+ * more is at work then does no harm.
+ */
+#define STUCK (10 * MS)
+
+#define STACK ((size_t)64 << 10)
+#define EVENTS 64
+
+/* job->ahead */
+enum {
+    NOBODY,
+    ARRIVED, /* a worker is awake and looks at the locks */
+    INSIDE, /* it is in its loop: the kill may go out */
+    OUTSIDE, /* it will not release, or it kills itself */
+};
+
+/* job->sent */
+enum {
+    NOT_SENT,
+    CLAIMED, /* somebody is about to send it */
+    SENT,
+    NOT_ALLOWED, /* it failed, or will not be sent */
+};
+
+/* What a worker has to tell of a victim. */
+struct report {
+    enum locks locks;
+    bool looked;
+    int calls; /* 0: there was no release */
+    int err;
+    int64_t entered;
+    int64_t at;
+};
+
+struct job {
+    struct job *next; /* all of the pool's, until buried */
+    struct job *previous;
+    struct job *after; /* in the queue for a release */
+    struct job *attended; /* the next for the watcher to look at */
+    struct pool *pool;
+
+    /* The protocol.  It is its driver's: see drive(). */
+    struct reap reap;
+    int escalate_asked;
+    int64_t entered;
+
+    /* The handshake between who kills and who is called ahead. */
+    _Atomic uint32_t ahead;
+    _Atomic uint32_t sent;
+    int sender_cpu;
+    int kill_err; /* by who claimed it, before `sent` */
+    int64_t kill_at;
+
+    /* Under the lock of the pool. */
+    bool submitted;
+    bool driven;
+    bool news;
+    bool reported;
+    bool attending;
+    bool queued;
+    bool raise_due;
+    bool hurry;
+    short heard;
+    struct report report;
+    int64_t wake_at;
+    int users; /* who may still use its fds */
+
+    int done_fd;
+    atomic_bool done;
+    atomic_int refs;
+};
+
+struct worker {
+    struct pool *pool;
+    struct worker *next_idle;
+    pthread_t thread;
+    int number;
+    int spare_fd; /* given up for a look without another fd */
+    _Atomic uint32_t go; /* there is a task, or the end */
+
+    /* Under the lock of the pool. */
+    struct job *task;
+    bool is_ahead;
+    bool idle;
+    bool stuck; /* and not counted as busy any more */
+    bool made;
+    bool exited;
+    int cpu; /* where it was last */
+    int64_t since; /* when it took its task */
+};
+
+struct pool {
+    pthread_mutex_t lock;
+    pthread_cond_t changed; /* a thread is ready or ended, a job is done */
+    pid_t owner;
+    atomic_int refs; /* its handle, and each thread */
+    int epoll;
+    int wake_fd;
+    bool alone; /* there is one CPU for all of us */
+    struct pool_options asked;
+    cpu_set_t cpus; /* what asked.cpus points to */
+
+    struct job *jobs;
+    int unfinished;
+    struct job *queue; /* the biggest first */
+    struct job *queue_end;
+    struct job *attention;
+    struct job *attention_end;
+    struct worker *idle;
+    int busy; /* at work and not stuck */
+    int live; /* threads that have not ended */
+    int ready;
+    int err; /* of a thread that could not start well */
+    struct pool_scheduling got;
+    int64_t next_wake;
+    bool watcher_sleeps;
+    bool closing;
+    atomic_bool closed; /* `closing`, to be read without the lock */
+
+    pthread_t watcher;
+    bool watcher_made;
+    bool watcher_exited;
+    int count;
+    struct worker workers[];
+};
+
+static void
+lock(struct pool *pool)
+{
+    pthread_mutex_lock(&pool->lock);
+}
+
+static void
+unlock(struct pool *pool)
+{
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* ------------------------------------------------------- the life of a job */
+
+static void
+close_fd(int fd)
+{
+    if (fd >= 0) {
+        close(fd);
+    }
+}
+
+static void
+close_fds(struct job *job)
+{
+    reap_finish(&job->reap);
+    close_fd(job->reap.escalate_fd);
+    close_fd(job->reap.pidfd);
+}
+
+void
+job_release(struct job *job)
+{
+    if (atomic_fetch_sub(&job->refs, 1) == 1) {
+        if (!job->submitted) {
+            close_fds(job);
+        }
+        close_fd(job->done_fd);
+        free(job);
+    }
+}
+
+/* With the lock held. */
+static void
+unuse(struct job *job)
+{
+    if (--job->users == 0) {
+        close_fds(job);
+        job_release(job);
+    }
+}
+
+static int
+open_fds(struct job *job, const struct reap *asked)
+{
+    job->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (job->done_fd < 0) {
+        return errno;
+    }
+    job->reap.pidfd = fcntl(asked->pidfd, F_DUPFD_CLOEXEC, 0);
+    if (job->reap.pidfd < 0) {
+        return errno;
+    }
+    if (asked->grace > 0 && asked->escalate_fd >= 0) {
+        job->escalate_asked = asked->escalate_fd;
+        job->reap.escalate_fd = fcntl(asked->escalate_fd, F_DUPFD_CLOEXEC, 0);
+        if (job->reap.escalate_fd < 0) {
+            return errno;
+        }
+    }
+    return 0;
+}
+
+int
+job_make(const struct reap *asked, struct job **made)
+{
+    struct job *job = calloc(1, sizeof(*job));
+    if (job == NULL) {
+        return ENOMEM;
+    }
+    job->reap = *asked;
+    job->reap.pidfd = -1;
+    job->reap.escalate_fd = -1;
+    job->escalate_asked = -1;
+    job->wake_at = INT64_MAX;
+    atomic_init(&job->refs, 1);
+    int err = open_fds(job, asked);
+    if (err != 0) {
+        job_release(job);
+        return err;
+    }
+    *made = job;
+    return 0;
+}
+
+int
+job_fd(const struct job *job)
+{
+    return job->done_fd;
+}
+
+bool
+job_is_done(const struct job *job)
+{
+    return atomic_load_explicit(&job->done, memory_order_acquire);
+}
+
+const struct reap *
+job_result(const struct job *job)
+{
+    return &job->reap;
+}
+
+int
+job_refused(const struct job *job)
+{
+    return job->reap.refused;
+}
+
+int64_t
+job_entered(const struct job *job)
+{
+    return job->entered;
+}
+
+/* ------------------------------------- lists and counts, with the lock held */
+
+static void
+kick(struct pool *pool)
+{
+    if (pool->watcher_sleeps) {
+        uint64_t one = 1;
+        pool->watcher_sleeps = false;
+        /* It can only fail for a counter that is full: then it is awake. */
+        ssize_t n = write(pool->wake_fd, &one, sizeof(one));
+        (void)n;
+    }
+}
+
+/* The watcher should look at this job. */
+static void
+attend(struct pool *pool, struct job *job)
+{
+    if (job->attending) {
+        return;
+    }
+    job->attending = true;
+    job->attended = NULL;
+    if (pool->attention_end == NULL) {
+        pool->attention = job;
+    }
+    else {
+        pool->attention_end->attended = job;
+    }
+    pool->attention_end = job;
+    kick(pool);
+}
+
+static void
+wake_at(struct pool *pool, struct job *job, int64_t when)
+{
+    job->wake_at = when;
+    if (when < pool->next_wake) {
+        pool->next_wake = when;
+        kick(pool);
+    }
+}
+
+static int64_t
+size_of(const struct job *job)
+{
+    const struct procfs_status *before = &job->reap.before;
+    return before->anon + before->swap + before->file;
+}
+
+/* The biggest first: the most memory comes back the soonest. */
+static void
+queue_up(struct pool *pool, struct job *job)
+{
+    struct job **at = &pool->queue;
+
+    if (job->queued) {
+        return;
+    }
+    job->queued = true;
+    job->users++;
+    if (pool->queue_end != NULL && size_of(pool->queue_end) >= size_of(job)) {
+        at = &pool->queue_end->after;
+    }
+    while (*at != NULL && size_of(*at) >= size_of(job)) {
+        at = &(*at)->after;
+    }
+    job->after = *at;
+    *at = job;
+    if (job->after == NULL) {
+        pool->queue_end = job;
+    }
+}
+
+static struct job *
+queue_pop(struct pool *pool)
+{
+    struct job *job = pool->queue;
+    pool->queue = job->after;
+    if (pool->queue == NULL) {
+        pool->queue_end = NULL;
+    }
+    job->queued = false;
+    return job;
+}
+
+/* Take those who are with one victim for long out of the count. */
+static void
+count_stuck(struct pool *pool)
+{
+    int64_t since = reap_now() - STUCK;
+
+    for (int i = 0; i < pool->count; i++) {
+        struct worker *worker = &pool->workers[i];
+        if (worker->task != NULL && !worker->stuck && worker->since < since) {
+            worker->stuck = true;
+            pool->busy--;
+        }
+    }
+}
+
+/* An idle worker, one that was last on another CPU than `cpu` if there is
+ * one; NULL if there is none or enough are at work.
+ */
+static struct worker *
+take_idle(struct pool *pool, int cpu)
+{
+    if (pool->busy >= pool->asked.threads) {
+        count_stuck(pool);
+    }
+    if (pool->busy >= pool->asked.threads || pool->idle == NULL) {
+        return NULL;
+    }
+    struct worker **best = &pool->idle;
+    for (struct worker **at = best; *at != NULL; at = &(*at)->next_idle) {
+        if ((*at)->cpu != cpu) {
+            best = at;
+            break;
+        }
+    }
+    struct worker *worker = *best;
+    *best = worker->next_idle;
+    worker->idle = false;
+    return worker;
+}
+
+static void
+give(struct pool *pool, struct worker *worker, struct job *job, bool is_ahead)
+{
+    worker->task = job;
+    worker->is_ahead = is_ahead;
+    worker->stuck = false;
+    worker->since = reap_now();
+    pool->busy++;
+    atomic_store(&worker->go, 1);
+}
+
+static void
+wake(struct worker *worker)
+{
+    sys_futex_wake(&worker->go, 1);
+}
+
+/* Let idle workers take what is in the queue. */
+static void
+dispatch(struct pool *pool)
+{
+    while (pool->queue != NULL) {
+        struct worker *worker = take_idle(pool, -1);
+        if (worker == NULL) {
+            kick(pool); /* it looks for those that are stuck */
+            return;
+        }
+        give(pool, worker, queue_pop(pool), false);
+        wake(worker);
+    }
+}
+
+/* ------------------------------------------------------------- the workers */
+
+static void
+look(struct worker *self, struct job *job, struct report *report)
+{
+    pid_t pid = job->reap.pid;
+    bool no_fd;
+    uint32_t sent;
+
+    if (!job->reap.protect || report->looked) {
+        return;
+    }
+    do {
+        /* Once the signal is out, threads end while we look. */
+        sent = atomic_load(&job->sent);
+        int threads = sent == NOT_SENT && job->reap.has_footprint
+                          ? job->reap.before.threads
+                          : 0;
+        report->locks = locks_look(pid, threads, &no_fd);
+        if (no_fd && self->spare_fd >= 0) {
+            close(self->spare_fd);
+            report->locks = locks_look(pid, threads, &no_fd);
+            self->spare_fd = fcntl(self->pool->wake_fd, F_DUPFD_CLOEXEC, 0);
+        }
+    } while (report->locks == LOCKS_UNKNOWN && sent == NOT_SENT &&
+             atomic_load(&job->sent) != NOT_SENT);
+    report->looked = true;
+}
+
+/* The kill is ours, if nobody else has begun to send it. */
+static bool
+claim(struct job *job)
+{
+    uint32_t expected = NOT_SENT;
+    return atomic_compare_exchange_strong(&job->sent, &expected, CLAIMED);
+}
+
+/* Send what was claimed.  Whoever waits for it looks up now and then. */
+static void
+send_kill(struct job *job)
+{
+    int64_t now = reap_now();
+    int rc = sys_pidfd_send_signal(job->reap.pidfd, SIGKILL);
+    job->kill_err = rc < 0 ? errno : 0;
+    job->kill_at = now;
+    atomic_store(&job->sent, rc < 0 ? NOT_ALLOWED : SENT);
+}
+
+static void
+announce(struct job *job, uint32_t state)
+{
+    atomic_store(&job->ahead, state);
+    sys_futex_wake(&job->ahead, INT_MAX);
+}
+
+/* process_mrelease() until it means something: as long as SIGKILL is not out,
+ * EINVAL says that the victim lives.
+ */
+static void
+release(struct job *job, struct report *report)
+{
+    int64_t begun = reap_now();
+
+    for (;;) {
+        uint32_t sent = atomic_load(&job->sent);
+        if (sent == NOT_ALLOWED) {
+            return;
+        }
+        int64_t now = reap_now();
+        int rc = sys_process_mrelease(job->reap.pidfd, 0);
+        int err = rc < 0 ? errno : 0;
+        if (err != EINVAL || sent == SENT) {
+            report->calls = 1;
+            report->err = err;
+            report->entered = now;
+            report->at = reap_now();
+            return;
+        }
+        if (now - begun > AHEAD) {
+            sys_futex_wait(&job->sent, sent, MS);
+        }
+    }
+}
+
+static void
+work_ahead(struct worker *self, struct job *job, struct report *report)
+{
+    atomic_store(&job->ahead, ARRIVED);
+    look(self, job, report);
+    if (report->locks == LOCKS_HELD) {
+        announce(job, OUTSIDE);
+        return;
+    }
+    if ((self->pool->alone || sched_getcpu() == job->sender_cpu) && claim(job))
+    {
+        /* Who wants to send it cannot run beside us. */
+        send_kill(job);
+        release(job, report);
+        announce(job, OUTSIDE);
+        return;
+    }
+    announce(job, INSIDE);
+    release(job, report);
+}
+
+static void
+drive(struct job *job);
+
+static void
+work(struct worker *self, struct job *job, bool is_ahead)
+{
+    struct pool *pool = self->pool;
+    struct report report;
+
+    lock(pool);
+    report = job->report; /* did an earlier try look at the locks? */
+    unlock(pool);
+    report.calls = 0;
+    if (is_ahead) {
+        work_ahead(self, job, &report);
+    }
+    else {
+        look(self, job, &report);
+        if (report.locks != LOCKS_HELD) {
+            release(job, &report);
+        }
+    }
+    lock(pool);
+    job->report = report;
+    job->reported = true;
+    unlock(pool);
+    drive(job);
+}
+
+static void
+park(struct worker *self)
+{
+    struct pool *pool = self->pool;
+
+    self->cpu = sched_getcpu();
+    self->idle = true;
+    self->next_idle = pool->idle;
+    pool->idle = self;
+    unlock(pool);
+    while (atomic_load(&self->go) == 0) {
+        sys_futex_wait(&self->go, 0, 3600 * 1000 * MS);
+    }
+    lock(pool);
+    atomic_store(&self->go, 0);
+}
+
+static bool
+is_over(const struct pool *pool)
+{
+    return pool->closing && pool->unfinished == 0 && pool->queue == NULL;
+}
+
+static void
+wake_all(struct pool *pool)
+{
+    while (pool->idle != NULL) {
+        struct worker *worker = pool->idle;
+        pool->idle = worker->next_idle;
+        worker->idle = false;
+        atomic_store(&worker->go, 1);
+        wake(worker);
+    }
+    kick(pool);
+    pthread_cond_broadcast(&pool->changed);
+}
+
+static void
+work_on(struct worker *self)
+{
+    struct pool *pool = self->pool;
+
+    while (!is_over(pool) || self->task != NULL) {
+        if (self->task == NULL) {
+            park(self);
+            continue;
+        }
+        struct job *job = self->task;
+        unlock(pool);
+        work(self, job, self->is_ahead);
+        lock(pool);
+        unuse(job);
+        self->task = NULL;
+        if (!self->stuck) {
+            pool->busy--;
+        }
+        if (is_over(pool)) {
+            wake_all(pool);
+        }
+        if (pool->queue != NULL && pool->busy < pool->asked.threads) {
+            give(pool, self, queue_pop(pool), false);
+            atomic_store(&self->go, 0);
+        }
+    }
+}
+
+/* ------------------------------------------------- the kill, by who sends it */
+
+/* Wait until the worker that was called ahead is there; not for long. */
+static void
+await_ahead(const struct pool *pool, struct job *job)
+{
+    int64_t begun = reap_now();
+    int64_t spin = pool->alone ? 0 : SPIN;
+    int64_t arrive = pool->alone ? ALONE : ARRIVE;
+
+    for (;;) {
+        uint32_t ahead = atomic_load(&job->ahead);
+        if (ahead >= INSIDE || atomic_load(&job->sent) != NOT_SENT) {
+            return;
+        }
+        int64_t waited = reap_now() - begun;
+        if (waited > (ahead == NOBODY ? arrive : LOOK)) {
+            return;
+        }
+        if (waited >= spin) {
+            sys_futex_wait(&job->ahead, ahead, LOOK - waited);
+        }
+    }
+}
+
+/* SIGKILL, once a worker is ahead of it, or without one.  Returns what
+ * reap_struck() does.
+ */
+static enum reap_progress
+strike(struct job *job)
+{
+    struct pool *pool = job->pool;
+
+    lock(pool);
+    job->sender_cpu = sched_getcpu();
+    struct worker *worker = take_idle(pool, job->sender_cpu);
+    if (worker != NULL) {
+        job->users++;
+        give(pool, worker, job, true);
+    }
+    unlock(pool);
+    if (worker != NULL) {
+        wake(worker);
+        await_ahead(pool, job);
+    }
+    if (claim(job)) {
+        send_kill(job);
+        sys_futex_wake(&job->sent, INT_MAX);
+    }
+    uint32_t sent;
+    while ((sent = atomic_load(&job->sent)) == CLAIMED) {
+        sys_futex_wait(&job->sent, CLAIMED, MS);
+    }
+    enum reap_progress progress =
+        reap_struck(&job->reap, job->kill_err, job->kill_at);
+    if (sent == SENT) {
+        job->reap.releasing = true;
+        lock(pool);
+        job->raise_due = true;
+        if (worker == NULL) {
+            queue_up(pool, job);
+            dispatch(pool);
+        }
+        unlock(pool);
+    }
+    return progress;
+}
+
+/* ------------------------------------------------------------ the protocol */
+
+/* The job is done, or nothing was sent.  With the lock held. */
+static void
+finish(struct pool *pool, struct job *job)
+{
+    uint64_t one = 1;
+
+    /* A worker that is called ahead of a kill that is not sent goes home. */
+    claim(job);
+    if (atomic_load(&job->sent) == CLAIMED) {
+        atomic_store(&job->sent, NOT_ALLOWED);
+        sys_futex_wake(&job->sent, INT_MAX);
+    }
+    atomic_store_explicit(&job->done, true, memory_order_release);
+    ssize_t n = write(job->done_fd, &one, sizeof(one));
+    (void)n;
+    pool->unfinished--;
+    job->wake_at = INT64_MAX;
+    attend(pool, job); /* to be buried */
+    if (is_over(pool)) {
+        wake_all(pool);
+    }
+    pthread_cond_broadcast(&pool->changed);
+}
+
+/* What was heard of the job since.  With the lock held; gives it up. */
+static void
+take_news(struct pool *pool, struct job *job)
+{
+    struct reap *reap = &job->reap;
+    struct report report = job->report;
+    bool reported = job->reported;
+    short heard = job->heard;
+    bool raise =
+        job->raise_due && pthread_equal(pthread_self(), pool->watcher);
+
+    job->news = false;
+    job->reported = false;
+    job->heard = 0;
+    if (raise) {
+        job->raise_due = false;
+    }
+    unlock(pool);
+    if (reported) {
+        reap->releasing = false;
+        reap->locks = report.locks;
+        if (report.locks == LOCKS_HELD) {
+            reap_withhold(reap);
+        }
+        else if (report.calls > 0) {
+            job->entered = report.entered;
+            reap_tried(reap, report.calls, report.err, report.at);
+        }
+    }
+    if (heard != 0) {
+        reap_heard(reap, heard);
+    }
+    if (raise) {
+        reap_raise(reap);
+    }
+}
+
+/* Carry the job on from what came last, as far as it goes without waiting.
+ * For its driver; also takes the news that others leave meanwhile.
+ */
+static void
+carry_on(struct job *job, enum reap_progress progress)
+{
+    struct pool *pool = job->pool;
+
+    for (;;) {
+        while (progress == REAP_NEXT || progress == REAP_STRIKE) {
+            if (progress == REAP_NEXT) {
+                progress = reap_advance(&job->reap);
+            }
+            if (progress == REAP_STRIKE) {
+                progress = reap_prepare(&job->reap);
+                if (progress == REAP_STRIKE) {
+                    progress = strike(job);
+                }
+            }
+        }
+        lock(pool);
+        switch (progress) {
+        case REAP_WAIT:
+            wake_at(pool, job, job->reap.wake_at);
+            if (job->raise_due) {
+                attend(pool, job);
+            }
+            break;
+        case REAP_RELEASE:
+            job->reap.releasing = true;
+            queue_up(pool, job);
+            dispatch(pool);
+            progress = REAP_NEXT;
+            job->news = true;
+            break;
+        default:
+            finish(pool, job);
+            break;
+        }
+        if (atomic_load(&job->done) || !job->news) {
+            job->driven = false;
+            unlock(pool);
+            return;
+        }
+        take_news(pool, job);
+        progress = REAP_NEXT;
+    }
+}
+
+/* There is news of the job.  One thread at a time drives it: who comes while
+ * another does leaves the news with that one.
+ */
+static void
+drive(struct job *job)
+{
+    struct pool *pool = job->pool;
+
+    lock(pool);
+    job->news = true;
+    if (job->driven || atomic_load(&job->done)) {
+        unlock(pool);
+        return;
+    }
+    job->driven = true;
+    take_news(pool, job);
+    carry_on(job, REAP_NEXT);
+}
+
+static int
+by_size(const void *a, const void *b)
+{
+    int64_t left = size_of(*(struct job *const *)a);
+    int64_t right = size_of(*(struct job *const *)b);
+    return (left < right) - (left > right);
+}
+
+int
+pool_state(const struct pool *pool)
+{
+    /* After fork() the lock may be held by a thread that is no more. */
+    if (getpid() != pool->owner) {
+        return POOL_FORKED;
+    }
+    return atomic_load(&pool->closed) ? POOL_CLOSED : POOL_OPEN;
+}
+
+static int
+watch_fd(struct pool *pool, int fd, uint32_t events, void *what)
+{
+    struct epoll_event event = {.events = events, .data.ptr = what};
+    return epoll_ctl(pool->epoll, EPOLL_CTL_ADD, fd, &event) < 0 ? errno : 0;
+}
+
+/* What marks the events of the fd that ends a grace. */
+#define ESCALATES ((uintptr_t)1)
+
+static int
+watch_job(struct pool *pool, struct job *job)
+{
+    struct reap *reap = &job->reap;
+    int err = watch_fd(pool, reap->pidfd, EPOLLIN | EPOLLONESHOT, job);
+    if (err != 0 || reap->escalate_fd < 0) {
+        return err;
+    }
+    uint32_t events = (uint32_t)reap_news_of(reap->escalate_fd);
+    err = watch_fd(pool, reap->escalate_fd, events | EPOLLONESHOT,
+                   (void *)((uintptr_t)job | ESCALATES));
+    /* EPERM: a plain file, which has no news, ever. */
+    return err == EPERM ? 0 : err;
+}
+
+static void
+enlist(struct pool *pool, struct job *job)
+{
+    job->submitted = true;
+    job->pool = pool;
+    job->previous = NULL;
+    job->next = pool->jobs;
+    if (pool->jobs != NULL) {
+        pool->jobs->previous = job;
+    }
+    pool->jobs = job;
+    pool->unfinished++;
+    job->driven = true;
+    job->users = 1;
+    atomic_fetch_add(&job->refs, 1);
+}
+
+int
+pool_submit(struct pool *pool, struct job **jobs, int count)
+{
+    lock(pool);
+    if (pool->closing) {
+        unlock(pool);
+        return POOL_CLOSED;
+    }
+    for (int i = 0; i < count; i++) {
+        enlist(pool, jobs[i]);
+    }
+    unlock(pool);
+
+    int struck = 0;
+    for (int i = 0; i < count; i++) {
+        struct job *job = jobs[i];
+        enum reap_progress progress = REAP_REFUSED;
+        job->reap.refused = watch_job(pool, job);
+        if (job->reap.refused == 0) {
+            progress = reap_advance(&job->reap);
+        }
+        if (progress == REAP_STRIKE) {
+            progress = reap_prepare(&job->reap);
+        }
+        if (progress == REAP_STRIKE) {
+            jobs[i] = jobs[struck];
+            jobs[struck++] = job;
+        }
+        else {
+            carry_on(job, progress);
+        }
+    }
+    qsort(jobs, (size_t)struck, sizeof(struct job *), by_size);
+    for (int i = 0; i < struck; i++) {
+        carry_on(jobs[i], strike(jobs[i]));
+    }
+    return POOL_OPEN;
+}
+
+/* ------------------------------------------------------------- the watcher */
+
+/* Nobody will ask the watcher about this job any more. */
+static void
+bury(struct pool *pool, struct job *job)
+{
+    /* A duplicate of the fd may live on, and with it the registration. */
+    epoll_ctl(pool->epoll, EPOLL_CTL_DEL, job->reap.pidfd, NULL);
+    if (job->reap.escalate_fd >= 0) {
+        epoll_ctl(pool->epoll, EPOLL_CTL_DEL, job->reap.escalate_fd, NULL);
+    }
+    if (job->next != NULL) {
+        job->next->previous = job->previous;
+    }
+    if (job->previous != NULL) {
+        job->previous->next = job->next;
+    }
+    else {
+        pool->jobs = job->next;
+    }
+    unuse(job);
+}
+
+static void
+attend_all(struct pool *pool)
+{
+    while (pool->attention != NULL) {
+        struct job *job = pool->attention;
+        pool->attention = job->attended;
+        if (pool->attention == NULL) {
+            pool->attention_end = NULL;
+        }
+        job->attending = false;
+        if (atomic_load(&job->done)) {
+            bury(pool, job);
+            continue;
+        }
+        unlock(pool);
+        drive(job);
+        lock(pool);
+    }
+}
+
+static void
+hear(struct pool *pool, struct epoll_event *event)
+{
+    uintptr_t what = (uintptr_t)event->data.ptr;
+
+    if (what == 0) {
+        uint64_t count;
+        ssize_t n = read(pool->wake_fd, &count, sizeof(count));
+        (void)n;
+        return;
+    }
+    struct job *job = (struct job *)(what & ~ESCALATES);
+    if ((what & ESCALATES) == 0) {
+        attend(pool, job);
+        return;
+    }
+    short events = (short)event->events;
+    if (events & POLLERR) {
+        job->heard |= events;
+        attend(pool, job);
+        return;
+    }
+    /* A pressure trigger tells of its news once.  It is meant for all. */
+    for (struct job *each = pool->jobs; each != NULL; each = each->next) {
+        if (each->escalate_asked == job->escalate_asked) {
+            each->heard |= events;
+            attend(pool, each);
+        }
+    }
+}
+
+static void
+look_at_timers(struct pool *pool)
+{
+    int64_t now = reap_now();
+
+    if (now < pool->next_wake) {
+        return;
+    }
+    pool->next_wake = INT64_MAX;
+    for (struct job *job = pool->jobs; job != NULL; job = job->next) {
+        if (job->wake_at <= now) {
+            job->wake_at = INT64_MAX;
+            attend(pool, job);
+        }
+        else if (job->wake_at < pool->next_wake) {
+            pool->next_wake = job->wake_at;
+        }
+    }
+}
+
+/* In milliseconds, for epoll_wait(). */
+static int
+time_to_sleep(const struct pool *pool)
+{
+    int64_t until = pool->next_wake;
+    int64_t now = reap_now();
+
+    if (pool->queue != NULL && until > now + STUCK / 2) {
+        until = now + STUCK / 2;
+    }
+    if (until == INT64_MAX) {
+        return -1;
+    }
+    int64_t left = until <= now ? 0 : (until - now + MS - 1) / MS;
+    return left > INT_MAX ? INT_MAX : (int)left;
+}
+
+static void
+watch(struct pool *pool)
+{
+    struct epoll_event events[EVENTS];
+
+    while (!is_over(pool) || pool->jobs != NULL) {
+        pool->watcher_sleeps = pool->attention == NULL;
+        int ms = pool->watcher_sleeps ? time_to_sleep(pool) : 0;
+        unlock(pool);
+        int n = epoll_wait(pool->epoll, events, EVENTS, ms);
+        lock(pool);
+        pool->watcher_sleeps = false;
+        for (int i = 0; i < n; i++) {
+            hear(pool, &events[i]);
+        }
+        look_at_timers(pool);
+        attend_all(pool);
+        dispatch(pool);
+    }
+}
+
+/* ------------------------------------------------------ the life of threads */
+
+static void
+free_pool(struct pool *pool)
+{
+    for (int i = 0; i < pool->count; i++) {
+        close_fd(pool->workers[i].spare_fd);
+    }
+    close_fd(pool->epoll);
+    close_fd(pool->wake_fd);
+    pthread_cond_destroy(&pool->changed);
+    pthread_mutex_destroy(&pool->lock);
+    free(pool);
+}
+
+static void
+unref(struct pool *pool)
+{
+    if (atomic_fetch_sub(&pool->refs, 1) == 1) {
+        free_pool(pool);
+    }
+}
+
+/* Take the CPUs and the scheduling that were asked for, for this thread. */
+static int
+settle_in(const struct pool_options *asked, struct pool_scheduling *got)
+{
+    struct sys_sched_attr before;
+    enum scheduling_rung rung = asked->best;
+    int err = 0;
+
+    if (asked->cpus != NULL &&
+        sched_setaffinity(0, sizeof(*asked->cpus), asked->cpus) < 0)
+    {
+        return errno;
+    }
+    memset(&before, 0, sizeof(before));
+    if (sys_sched_getattr(0, &before) < 0) {
+        err = errno;
+    }
+    else if (scheduling_is_realtime(before.policy)) {
+        rung = SCHEDULING_FIFO; /* as who made the pool */
+    }
+    else if (rung != SCHEDULING_NONE) {
+        err = scheduling_set_best(0, &before, &rung);
+        if (err != 0) {
+            rung = rung > SCHEDULING_FIFO && before.nice < 0 ? SCHEDULING_LIMIT
+                                                             : SCHEDULING_NONE;
+        }
+    }
+    if (rung > asked->least) {
+        return err;
+    }
+    memset(got, 0, sizeof(*got));
+    sys_sched_getattr(0, &got->attr);
+    got->refused = rung == asked->best ? 0 : err != 0 ? err : EPERM;
+    sched_getaffinity(0, sizeof(got->cpus), &got->cpus);
+    return 0;
+}
+
+/* In a new thread; true if it may go on.  Takes the lock. */
+static bool
+begin(struct pool *pool, const char *name, int number)
+{
+    struct pool_scheduling got;
+    char full[16];
+
+    snprintf(full, sizeof(full), "mrelease/%.4s%d", name, number);
+    pthread_setname_np(pthread_self(), full);
+    int err = settle_in(&pool->asked, &got);
+    lock(pool);
+    pool->ready++;
+    if (err == 0) {
+        pool->got = got;
+    }
+    else if (pool->err == 0) {
+        pool->err = err;
+    }
+    pthread_cond_broadcast(&pool->changed);
+    return err == 0;
+}
+
+/* At the end of a thread: gives up the lock. */
+static void
+end(struct pool *pool, bool *exited)
+{
+    *exited = true;
+    pool->live--;
+    pthread_cond_broadcast(&pool->changed);
+    unlock(pool);
+    unref(pool);
+}
+
+static void *
+run_worker(void *arg)
+{
+    struct worker *self = arg;
+    struct pool *pool = self->pool;
+
+    if (begin(pool, "", self->number)) {
+        work_on(self);
+    }
+    end(pool, &self->exited);
+    return NULL;
+}
+
+static void *
+run_watcher(void *arg)
+{
+    struct pool *pool = arg;
+
+    if (begin(pool, "w", 0)) {
+        watch(pool);
+    }
+    end(pool, &pool->watcher_exited);
+    return NULL;
+}
+
+static int
+start(pthread_t *thread, void *(*run)(void *), void *arg)
+{
+    long least = sysconf(_SC_THREAD_STACK_MIN);
+    size_t stack = STACK + (least > 0 ? (size_t)least : 0);
+    pthread_attr_t attr;
+    int err = pthread_attr_init(&attr);
+    if (err != 0) {
+        return err;
+    }
+    /* EINVAL: thread-local storage of the program needs more. */
+    do {
+        err = pthread_attr_setstacksize(&attr, stack);
+        if (err == 0) {
+            err = pthread_create(thread, &attr, run, arg);
+        }
+        stack *= 2;
+    } while (err == EINVAL && stack < ((size_t)16 << 20));
+    pthread_attr_destroy(&attr);
+    return err;
+}
+
+static int
+start_all(struct pool *pool)
+{
+    sigset_t all;
+    sigset_t before;
+    int err;
+
+    /* A thread begins with the signals blocked that its maker has blocked. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    lock(pool);
+    err = start(&pool->watcher, run_watcher, pool);
+    if (err == 0) {
+        pool->watcher_made = true;
+        pool->live++;
+        atomic_fetch_add(&pool->refs, 1);
+    }
+    for (int i = 0; err == 0 && i < pool->count; i++) {
+        struct worker *worker = &pool->workers[i];
+        err = start(&worker->thread, run_worker, worker);
+        if (err == 0) {
+            worker->made = true;
+            pool->live++;
+            atomic_fetch_add(&pool->refs, 1);
+        }
+    }
+    while (pool->ready < pool->live) {
+        pthread_cond_wait(&pool->changed, &pool->lock);
+    }
+    unlock(pool);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return err != 0 ? err : pool->err;
+}
+
+/* Join those that have ended; the others end by themselves, or never. */
+static void
+part_with_threads(struct pool *pool)
+{
+    lock(pool);
+    bool ended = pool->watcher_exited;
+    unlock(pool);
+    if (pool->watcher_made) {
+        pool->watcher_made = false;
+        (ended ? pthread_join(pool->watcher, NULL)
+               : pthread_detach(pool->watcher));
+    }
+    for (int i = 0; i < pool->count; i++) {
+        struct worker *worker = &pool->workers[i];
+        if (!worker->made) {
+            continue;
+        }
+        worker->made = false;
+        lock(pool);
+        ended = worker->exited;
+        unlock(pool);
+        (ended ? pthread_join(worker->thread, NULL)
+               : pthread_detach(worker->thread));
+    }
+}
+
+static int
+open_pool(struct pool *pool)
+{
+    pthread_mutexattr_t mutex;
+    pthread_condattr_t cond;
+    cpu_set_t cpus;
+
+    pthread_mutexattr_init(&mutex);
+    /* Who submits may be less urgent than the threads. */
+    pthread_mutexattr_setprotocol(&mutex, PTHREAD_PRIO_INHERIT);
+    if (pthread_mutex_init(&pool->lock, &mutex) != 0) {
+        pthread_mutex_init(&pool->lock, NULL);
+    }
+    pthread_mutexattr_destroy(&mutex);
+    pthread_condattr_init(&cond);
+    pthread_condattr_setclock(&cond, CLOCK_MONOTONIC);
+    pthread_cond_init(&pool->changed, &cond);
+    pthread_condattr_destroy(&cond);
+
+    CPU_ZERO(&cpus);
+    sched_getaffinity(0, sizeof(cpus), &cpus);
+    if (pool->asked.cpus != NULL) {
+        pool->cpus = *pool->asked.cpus;
+        pool->asked.cpus = &pool->cpus;
+        CPU_OR(&cpus, &cpus, &pool->cpus);
+    }
+    pool->alone = CPU_COUNT(&cpus) == 1;
+    pool->epoll = epoll_create1(EPOLL_CLOEXEC);
+    if (pool->epoll < 0) {
+        return errno;
+    }
+    pool->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (pool->wake_fd < 0) {
+        return errno;
+    }
+    for (int i = 0; i < pool->count; i++) {
+        pool->workers[i].spare_fd = fcntl(pool->wake_fd, F_DUPFD_CLOEXEC, 0);
+        if (pool->workers[i].spare_fd < 0) {
+            return errno;
+        }
+    }
+    return watch_fd(pool, pool->wake_fd, EPOLLIN, NULL);
+}
+
+int
+pool_new(const struct pool_options *options, struct pool **made,
+         struct pool_scheduling *got)
+{
+    int count = options->threads + options->spares;
+    struct pool *pool =
+        calloc(1, sizeof(*pool) + (size_t)count * sizeof(struct worker));
+    if (pool == NULL) {
+        return ENOMEM;
+    }
+    pool->asked = *options;
+    pool->owner = getpid();
+    pool->epoll = -1;
+    pool->wake_fd = -1;
+    pool->next_wake = INT64_MAX;
+    pool->count = count;
+    for (int i = 0; i < count; i++) {
+        pool->workers[i].pool = pool;
+        pool->workers[i].number = i;
+        pool->workers[i].spare_fd = -1;
+    }
+    atomic_init(&pool->refs, 1);
+    int err = open_pool(pool);
+    if (err == 0) {
+        err = start_all(pool);
+    }
+    if (err != 0) {
+        pool_close(pool, INT64_MAX, false);
+        pool_release(pool);
+        return err;
+    }
+    *got = pool->got;
+    *made = pool;
+    return 0;
+}
+
+/* With the lock held: all graces are over. */
+static void
+cut_graces(struct pool *pool)
+{
+    for (struct job *job = pool->jobs; job != NULL; job = job->next) {
+        if (!atomic_load(&job->done) && atomic_load(&job->sent) == NOT_SENT) {
+            job->heard |= POLLIN;
+            attend(pool, job);
+        }
+    }
+}
+
+/* How many wait for their SIGKILL?  With the lock held. */
+static int
+count_unsent(const struct pool *pool)
+{
+    int count = 0;
+    for (struct job *job = pool->jobs; job != NULL; job = job->next) {
+        count += !atomic_load(&job->done) && atomic_load(&job->sent) < SENT;
+    }
+    return count;
+}
+
+/* Wait for a change; false once it is too late.  With the lock held. */
+static bool
+wait_for_change(struct pool *pool, int64_t deadline)
+{
+    if (deadline == INT64_MAX) {
+        pthread_cond_wait(&pool->changed, &pool->lock);
+        return true;
+    }
+    struct timespec until = {
+        .tv_sec = (time_t)(deadline / (1000 * MS)),
+        .tv_nsec = (long)(deadline % (1000 * MS)),
+    };
+    return pthread_cond_timedwait(&pool->changed, &pool->lock, &until) == 0;
+}
+
+void
+pool_hurry(struct pool *pool)
+{
+    int64_t deadline = reap_now() + 1000 * MS;
+
+    lock(pool);
+    cut_graces(pool);
+    while (count_unsent(pool) > 0 && reap_now() < deadline) {
+        wait_for_change(pool, reap_now() + MS);
+    }
+    unlock(pool);
+}
+
+/* Threads that have not ended, but for those that are stuck with a job that
+ * is done.  With the lock held.
+ */
+static int
+count_awaited(const struct pool *pool)
+{
+    int count = pool->live;
+    for (int i = 0; i < pool->count; i++) {
+        const struct worker *worker = &pool->workers[i];
+        count -= worker->task != NULL && !worker->exited &&
+                 atomic_load(&worker->task->done) &&
+                 worker->since < reap_now() - STUCK;
+    }
+    return count;
+}
+
+bool
+pool_close(struct pool *pool, int64_t deadline, bool cut)
+{
+    bool in_time = true;
+
+    lock(pool);
+    pool->closing = true;
+    atomic_store(&pool->closed, true);
+    if (is_over(pool)) {
+        wake_all(pool);
+    }
+    while (in_time && (pool->unfinished > 0 || count_awaited(pool) > 0)) {
+        int64_t soon = reap_now() + STUCK;
+        wait_for_change(pool, soon < deadline ? soon : deadline);
+        in_time = reap_now() < deadline;
+    }
+    in_time = pool->unfinished == 0 && count_awaited(pool) == 0;
+    if (!in_time && cut) {
+        cut_graces(pool);
+    }
+    unlock(pool);
+    if (in_time) {
+        part_with_threads(pool);
+    }
+    return in_time;
+}
+
+void
+pool_release(struct pool *pool)
+{
+    if (getpid() != pool->owner) {
+        return; /* the threads are the parent's */
+    }
+    lock(pool);
+    pool->closing = true;
+    atomic_store(&pool->closed, true);
+    if (is_over(pool)) {
+        wake_all(pool);
+    }
+    unlock(pool);
+    part_with_threads(pool);
+    unref(pool);
+}
