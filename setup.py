@@ -15,7 +15,8 @@ if sys.platform != "linux":
         f"call, and this is {sys.platform}."
     )
 
-SOURCES = ["_mrelease", "reap", "locks", "raise", "procfs", "probe"]
+SOURCES = ["_mrelease", "pool", "reap", "locks", "raise", "scheduling"]
+SOURCES += ["procfs", "probe"]
 
 # The stable ABI from 3.12 on: a module built for 3.11's cannot be imported in
 # a subinterpreter that has its own GIL.  Free-threaded Python has one from

@@ -19,6 +19,7 @@
 #include <stdbool.h>
 
 #include "locks.h"
+#include "pool.h"
 #include "probe.h"
 #include "procfs.h"
 #include "reap.h"
@@ -31,6 +32,8 @@
 typedef struct {
     PyObject *audit;            /* sys.audit: PySys_Audit() is 3.13's */
     PyObject *pidfd_type;
+    PyObject *job_type;
+    PyObject *pool_type;
 } module_state;
 
 static module_state *
@@ -149,49 +152,68 @@ process_mrelease(PyObject *Py_UNUSED(module), PyObject *const *args,
     }
 }
 
+/* What an object of ours stands for. */
+union handle {
+    int fd;
+    struct job *job;
+    struct pool *pool;
+};
+
+#if PY_VERSION_HEX >= 0x030c0000
+/* PEP 697: the stable ABI of free-threaded Python hides PyObject. */
+#  define HANDLE_SIZE (-(int)sizeof(union handle))
+
+static union handle *
+handle_of(PyObject *self)
+{
+    return (union handle *)PyObject_GetTypeData(self, Py_TYPE(self));
+}
+#else
+struct handle_object {
+    PyObject_HEAD union handle handle;
+};
+#  define HANDLE_SIZE ((int)sizeof(struct handle_object))
+
+static union handle *
+handle_of(PyObject *self)
+{
+    return &((struct handle_object *)self)->handle;
+}
+#endif
+
+/* An object that has no handle yet. */
+static PyObject *
+handle_new(PyObject *type)
+{
+    return PyType_GenericAlloc((PyTypeObject *)type, 0);
+}
+
+static void
+handle_free(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc free_self = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    free_self(self);
+    Py_DECREF(type);
+}
+
 /* A pidfd that is closed when nobody refers to it any more.
  *
  * The number of a closed file descriptor is soon another file's, and who still
  * meant to kill through it would hit a stranger.  So a call holds a reference:
  * what closes a Victim in one thread drops the Victim's, not the call's.
+ *
+ * Takes over the fd, also when it fails.
  */
-struct pidfd {
-    int fd;
-};
-
-#if PY_VERSION_HEX >= 0x030c0000
-/* PEP 697: the stable ABI of free-threaded Python hides PyObject. */
-#  define PIDFD_SIZE (-(int)sizeof(struct pidfd))
-
-static struct pidfd *
-pidfd_of(PyObject *self)
-{
-    return (struct pidfd *)PyObject_GetTypeData(self, Py_TYPE(self));
-}
-#else
-struct pidfd_object {
-    PyObject_HEAD struct pidfd pidfd;
-};
-#  define PIDFD_SIZE ((int)sizeof(struct pidfd_object))
-
-static struct pidfd *
-pidfd_of(PyObject *self)
-{
-    return &((struct pidfd_object *)self)->pidfd;
-}
-#endif
-
-/* Takes over the fd, also when it fails. */
 static PyObject *
 pidfd_new(PyObject *module, int fd)
 {
-    PyTypeObject *type = (PyTypeObject *)get_state(module)->pidfd_type;
-    PyObject *self = PyType_GenericAlloc(type, 0);
+    PyObject *self = handle_new(get_state(module)->pidfd_type);
     if (self == NULL) {
         close(fd);
         return NULL;
     }
-    pidfd_of(self)->fd = fd;
+    handle_of(self)->fd = fd;
     return self;
 }
 
@@ -204,7 +226,7 @@ PyDoc_STRVAR(pidfd_fileno_doc,
 static PyObject *
 pidfd_fileno(PyObject *self, PyObject *Py_UNUSED(args))
 {
-    int fd = pidfd_of(self)->fd;
+    int fd = handle_of(self)->fd;
     if (fd < 0) {
         PyErr_SetString(PyExc_ValueError, "this pidfd is closed");
         return NULL;
@@ -221,8 +243,8 @@ PyDoc_STRVAR(pidfd_close_doc,
 static PyObject *
 pidfd_close(PyObject *self, PyObject *Py_UNUSED(args))
 {
-    int fd = pidfd_of(self)->fd;
-    pidfd_of(self)->fd = -1;
+    int fd = handle_of(self)->fd;
+    handle_of(self)->fd = -1;
     if (fd >= 0) {
         close(fd);
     }
@@ -232,14 +254,11 @@ pidfd_close(PyObject *self, PyObject *Py_UNUSED(args))
 static void
 pidfd_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_self = (freefunc)PyType_GetSlot(type, Py_tp_free);
-    int fd = pidfd_of(self)->fd;
+    int fd = handle_of(self)->fd;
     if (fd >= 0) {
         close(fd);
     }
-    free_self(self);
-    Py_DECREF(type);
+    handle_free(self);
 }
 
 static PyMethodDef pidfd_methods[] = {
@@ -257,7 +276,7 @@ static PyType_Slot pidfd_slots[] = {
 
 static PyType_Spec pidfd_spec = {
     .name = MODULE_NAME ".Pidfd",
-    .basicsize = PIDFD_SIZE,
+    .basicsize = HANDLE_SIZE,
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION |
              Py_TPFLAGS_IMMUTABLETYPE,
     .slots = pidfd_slots,
@@ -551,6 +570,439 @@ reap(PyObject *module, PyObject *args)
     return NULL;
 }
 
+/* A job of a pool: the kill of one victim. */
+
+PyDoc_STRVAR(job_fileno_doc,
+"fileno($self, /)\n"
+"--\n"
+"\n"
+"An eventfd that can be read once the job is done.  It is the job's.");
+
+static PyObject *
+job_fileno(PyObject *self, PyObject *Py_UNUSED(args))
+{
+    return PyLong_FromLong(job_fd(handle_of(self)->job));
+}
+
+PyDoc_STRVAR(job_done_doc,
+"done($self, /)\n"
+"--\n"
+"\n"
+"Whether there is a result, or a refusal.");
+
+static PyObject *
+job_done(PyObject *self, PyObject *Py_UNUSED(args))
+{
+    return PyBool_FromLong(job_is_done(handle_of(self)->job));
+}
+
+PyDoc_STRVAR(job_wait_doc,
+"wait($self, timeout, /)\n"
+"--\n"
+"\n"
+"Wait for the result, for so many nanoseconds (-1: for ever), without the\n"
+"GIL.  Whether it is there.  Raises what a signal handler raises.");
+
+static PyObject *
+job_wait(PyObject *self, PyObject *arg)
+{
+    struct job *job = handle_of(self)->job;
+    long long timeout = as_number(arg, "timeout", -1, LLONG_MAX);
+    if (timeout == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    int64_t now = reap_now();
+    int64_t until =
+        timeout < 0 || timeout > INT64_MAX - now ? INT64_MAX : now + timeout;
+    while (!job_is_done(job)) {
+        int64_t left = until - reap_now();
+        if (left <= 0) {
+            Py_RETURN_FALSE;
+        }
+        struct timespec time = {
+            .tv_sec = (time_t)(left / 1000000000),
+            .tv_nsec = (long)(left % 1000000000),
+        };
+        struct pollfd fd = {.fd = job_fd(job), .events = POLLIN};
+        int rc;
+        Py_BEGIN_ALLOW_THREADS
+        rc = ppoll(&fd, 1, until == INT64_MAX ? NULL : &time, NULL);
+        Py_END_ALLOW_THREADS
+        if (rc < 0 && PyErr_CheckSignals() < 0) {
+            return NULL;
+        }
+    }
+    Py_RETURN_TRUE;
+}
+
+PyDoc_STRVAR(job_result_doc,
+"result($self, /)\n"
+"--\n"
+"\n"
+"What reap() returns.  Raises ValueError if the job is not done.");
+
+static PyObject *
+job_result_method(PyObject *self, PyObject *Py_UNUSED(args))
+{
+    struct job *job = handle_of(self)->job;
+    if (!job_is_done(job)) {
+        PyErr_SetString(PyExc_ValueError, "the job is not done");
+        return NULL;
+    }
+    int refused = job_refused(job);
+    return refused != 0 ? PyLong_FromLong(refused)
+                        : reap_tuple(job_result(job));
+}
+
+PyDoc_STRVAR(job_entered_doc,
+"entered($self, /)\n"
+"--\n"
+"\n"
+"When the call of process_mrelease(2) began that freed the memory or came\n"
+"too late: seconds since the call for the job, or None.  Once it is done.");
+
+static PyObject *
+job_entered_method(PyObject *self, PyObject *Py_UNUSED(args))
+{
+    struct job *job = handle_of(self)->job;
+    if (!job_is_done(job)) {
+        Py_RETURN_NONE;
+    }
+    return since(job_result(job), job_entered(job));
+}
+
+static void
+job_dealloc(PyObject *self)
+{
+    if (handle_of(self)->job != NULL) {
+        job_release(handle_of(self)->job);
+    }
+    handle_free(self);
+}
+
+static PyMethodDef job_methods[] = {
+    {"fileno", job_fileno, METH_NOARGS, job_fileno_doc},
+    {"done", job_done, METH_NOARGS, job_done_doc},
+    {"wait", job_wait, METH_O, job_wait_doc},
+    {"result", job_result_method, METH_NOARGS, job_result_doc},
+    {"entered", job_entered_method, METH_NOARGS, job_entered_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot job_slots[] = {
+    {Py_tp_doc, "The kill of one victim by a Pool."},
+    {Py_tp_dealloc, (void *)(uintptr_t)job_dealloc},
+    {Py_tp_methods, job_methods},
+    {0, NULL},
+};
+
+static PyType_Spec job_spec = {
+    .name = MODULE_NAME ".Job",
+    .basicsize = HANDLE_SIZE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+             Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = job_slots,
+};
+
+/* A pool of native threads. */
+
+static const char *const pool_states[] = {
+    [POOL_OPEN] = "open",
+    [POOL_CLOSED] = "closed",
+    [POOL_FORKED] = "forked",
+};
+
+/* So often, at least, does a wait look at the caller's signals. */
+#define LOOK_AT_SIGNALS INT64_C(50000000)
+
+PyDoc_STRVAR(pool_state_doc,
+"state($self, /)\n"
+"--\n"
+"\n"
+"'open', 'closed', or 'forked': its threads are those of another process.");
+
+static PyObject *
+pool_state_method(PyObject *self, PyObject *Py_UNUSED(args))
+{
+    return PyUnicode_FromString(
+        pool_states[pool_state(handle_of(self)->pool)]);
+}
+
+PyDoc_STRVAR(job_new_doc,
+"job_new($module, pidfd, pid, begun, grace, timeout, escalate, locks, /)\n"
+"--\n"
+"\n"
+"A Job for submit(); the arguments are those of reap().\n"
+"\n"
+"Nothing happens to the process yet.  Raises OSError for want of memory or\n"
+"of file descriptors; it takes two, three with escalate.");
+
+static PyObject *
+job_new(PyObject *module, PyObject *args)
+{
+    struct reap asked = {.memory = -1, .send = true};
+    long long begun;
+    long long grace;
+    long long timeout;
+    int protect;
+
+    if (!PyArg_ParseTuple(args, "iiLLLip:job_new", &asked.pidfd, &asked.pid,
+                          &begun, &grace, &timeout, &asked.escalate_fd,
+                          &protect))
+    {
+        return NULL;
+    }
+    asked.begun = begun;
+    asked.grace = grace;
+    asked.timeout = timeout;
+    asked.protect = protect != 0;
+    PyObject *self = handle_new(get_state(module)->job_type);
+    if (self == NULL) {
+        return NULL;
+    }
+    int err = job_make(&asked, &handle_of(self)->job);
+    if (err != 0) {
+        Py_DECREF(self);
+        return raise_errno(err);
+    }
+    return self;
+}
+
+PyDoc_STRVAR(pool_submit_doc,
+"submit($module, pool, jobs, /)\n"
+"--\n"
+"\n"
+"Kill the victims of a list of Jobs, each of which is new: the biggest first.\n"
+"\n"
+"When it returns SIGTERM or SIGKILL has been sent to all.  'open', or why the\n"
+"pool took none: see Pool.state().  Raises the audit event mrelease.kill with\n"
+"argument pid for each, before the first signal.");
+
+static PyObject *
+pool_submit_function(PyObject *module, PyObject *args)
+{
+    module_state *state = get_state(module);
+    PyObject *pool;
+    PyObject *list;
+
+    if (!PyArg_ParseTuple(args, "O!O!:submit", state->pool_type, &pool,
+                          &PyList_Type, &list))
+    {
+        return NULL;
+    }
+    Py_ssize_t count = PyList_Size(list);
+    if (count > INT_MAX) {
+        return raise_errno(ENOMEM);
+    }
+    struct job **jobs = PyMem_Calloc((size_t)count + 1, sizeof(*jobs));
+    if (jobs == NULL) {
+        return PyErr_NoMemory();
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *job = PyList_GetItem(list, i);
+        PyObject *heard = NULL;
+        if (job != NULL && Py_TYPE(job) == (PyTypeObject *)state->job_type) {
+            jobs[i] = handle_of(job)->job;
+            heard = PyObject_CallFunction(state->audit, "si", "mrelease.kill",
+                                          (int)job_result(jobs[i])->pid);
+        }
+        else if (job != NULL) {
+            PyErr_SetString(PyExc_TypeError, "submit() takes Jobs");
+        }
+        if (heard == NULL) {
+            PyMem_Free(jobs);
+            return NULL;
+        }
+        Py_DECREF(heard);
+    }
+    int rc = pool_state(handle_of(pool)->pool);
+    if (rc == POOL_OPEN) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = pool_submit(handle_of(pool)->pool, jobs, (int)count);
+        Py_END_ALLOW_THREADS
+    }
+    PyMem_Free(jobs);
+    return PyUnicode_FromString(pool_states[rc]);
+}
+
+PyDoc_STRVAR(pool_hurry_doc,
+"hurry($self, /)\n"
+"--\n"
+"\n"
+"Cut all graces short: SIGKILL now.  It has been sent on return.");
+
+static PyObject *
+pool_hurry_method(PyObject *self, PyObject *Py_UNUSED(args))
+{
+    struct pool *pool = handle_of(self)->pool;
+    if (pool_state(pool) != POOL_FORKED) {
+        Py_BEGIN_ALLOW_THREADS
+        pool_hurry(pool);
+        Py_END_ALLOW_THREADS
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(pool_close_doc,
+"close($self, timeout, /)\n"
+"--\n"
+"\n"
+"Take no more jobs, and wait for those under way and for the threads, for so\n"
+"many nanoseconds (-1: for ever); then graces are cut short.  Whether all was\n"
+"done in time.  Raises what a signal handler raises.");
+
+static PyObject *
+pool_close_method(PyObject *self, PyObject *arg)
+{
+    struct pool *pool = handle_of(self)->pool;
+    long long timeout = as_number(arg, "timeout", -1, LLONG_MAX);
+    if (timeout == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (pool_state(pool) == POOL_FORKED) {
+        Py_RETURN_TRUE;         /* there is nothing here to wait for */
+    }
+    int64_t now = reap_now();
+    int64_t until =
+        timeout < 0 || timeout > INT64_MAX - now ? INT64_MAX : now + timeout;
+    for (;;) {
+        int64_t soon = reap_now() + LOOK_AT_SIGNALS;
+        bool is_last = until <= soon;
+        bool in_time;
+        Py_BEGIN_ALLOW_THREADS
+        in_time = pool_close(pool, is_last ? until : soon, is_last);
+        Py_END_ALLOW_THREADS
+        if (in_time) {
+            Py_RETURN_TRUE;
+        }
+        if (is_last) {
+            Py_RETURN_FALSE;
+        }
+        if (PyErr_CheckSignals() < 0) {
+            return NULL;
+        }
+    }
+}
+
+static void
+pool_dealloc(PyObject *self)
+{
+    if (handle_of(self)->pool != NULL) {
+        pool_release(handle_of(self)->pool);
+    }
+    handle_free(self);
+}
+
+static PyMethodDef pool_methods[] = {
+    {"state", pool_state_method, METH_NOARGS, pool_state_doc},
+    {"hurry", pool_hurry_method, METH_NOARGS, pool_hurry_doc},
+    {"close", pool_close_method, METH_O, pool_close_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot pool_slots[] = {
+    {Py_tp_doc, "Native threads that kill and release."},
+    {Py_tp_dealloc, (void *)(uintptr_t)pool_dealloc},
+    {Py_tp_methods, pool_methods},
+    {0, NULL},
+};
+
+static PyType_Spec pool_spec = {
+    .name = MODULE_NAME ".Pool",
+    .basicsize = HANDLE_SIZE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+             Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = pool_slots,
+};
+
+/* A list of CPU numbers as a set; -1 with an exception set. */
+static int
+as_cpus(PyObject *list, cpu_set_t *cpus)
+{
+    CPU_ZERO(cpus);
+    Py_ssize_t count = PyList_Size(list);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PyList_GetItem(list, i);
+        long long cpu =
+            item == NULL ? -1 : as_number(item, "a CPU", 0, CPU_SETSIZE - 1);
+        if (cpu == -1) {
+            return -1;
+        }
+        CPU_SET((size_t)cpu, cpus);
+    }
+    return 0;
+}
+
+static PyObject *
+scheduling_tuple(const struct pool_scheduling *got)
+{
+    PyObject *cpus = PyList_New(0);
+    for (int cpu = 0; cpus != NULL && cpu < CPU_SETSIZE; cpu++) {
+        if (CPU_ISSET((size_t)cpu, &got->cpus)) {
+            PyObject *number = PyLong_FromLong(cpu);
+            if (number == NULL || PyList_Append(cpus, number) < 0) {
+                Py_CLEAR(cpus);
+            }
+            Py_XDECREF(number);
+        }
+    }
+    return Py_BuildValue("(iiiiN)", (int)got->attr.policy,
+                         (int)got->attr.priority, (int)got->attr.nice,
+                         got->refused, cpus);
+}
+
+PyDoc_STRVAR(pool_new_doc,
+"pool_new($module, threads, spares, best, least, cpus, /)\n"
+"--\n"
+"\n"
+"Start a Pool: (pool, (policy, priority, nice, refused, cpus)).\n"
+"\n"
+"best and least are rungs of scheduling.h: 0 SCHED_FIFO 1, 1 nice -20, 2 the\n"
+"best nice allowed, 3 none; cpus is a list, or None for the caller's.\n"
+"refused is the errno for which it is not the best, or 0.  Raises OSError:\n"
+"EPERM if not even the least may be had, EINVAL if no CPU is usable, EAGAIN\n"
+"if there can be no more threads.");
+
+static PyObject *
+pool_new_function(PyObject *module, PyObject *args)
+{
+    struct pool_options options = {0};
+    struct pool_scheduling got;
+    cpu_set_t cpus;
+    PyObject *list;
+    int best;
+    int least;
+    int err;
+
+    if (!PyArg_ParseTuple(args, "iiiiO:pool_new", &options.threads,
+                          &options.spares, &best, &least, &list))
+    {
+        return NULL;
+    }
+    options.best = (enum scheduling_rung)best;
+    options.least = (enum scheduling_rung)least;
+    if (list != Py_None) {
+        if (as_cpus(list, &cpus) < 0) {
+            return NULL;
+        }
+        options.cpus = &cpus;
+    }
+    PyObject *self = handle_new(get_state(module)->pool_type);
+    if (self == NULL) {
+        return NULL;
+    }
+    struct pool *pool = NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = pool_new(&options, &pool, &got);
+    Py_END_ALLOW_THREADS
+    if (err != 0) {
+        Py_DECREF(self);
+        return raise_errno(err);
+    }
+    handle_of(self)->pool = pool;
+    return Py_BuildValue("(NN)", self, scheduling_tuple(&got));
+}
+
 PyDoc_STRVAR(probe_doc,
 "probe($module, in_child, /)\n"
 "--\n"
@@ -596,9 +1048,22 @@ static PyMethodDef methods[] = {
     {"read_stat", read_stat, METH_O, read_stat_doc},
     {"look_at_locks", look_at_locks, METH_O, look_at_locks_doc},
     {"reap", reap, METH_VARARGS, reap_doc},
+    {"pool_new", pool_new_function, METH_VARARGS, pool_new_doc},
+    {"job_new", job_new, METH_VARARGS, job_new_doc},
+    {"submit", pool_submit_function, METH_VARARGS, pool_submit_doc},
     {"probe", probe, METH_O, probe_doc},
     {NULL, NULL, 0, NULL},
 };
+
+static int
+add_type(PyObject *module, PyType_Spec *spec, PyObject **type)
+{
+    *type = PyType_FromModuleAndSpec(module, spec, NULL);
+    if (*type == NULL) {
+        return -1;
+    }
+    return PyModule_AddType(module, (PyTypeObject *)*type);
+}
 
 static int
 module_exec(PyObject *module)
@@ -613,11 +1078,12 @@ module_exec(PyObject *module)
     if (state->audit == NULL) {
         return -1;
     }
-    state->pidfd_type = PyType_FromModuleAndSpec(module, &pidfd_spec, NULL);
-    if (state->pidfd_type == NULL) {
+    if (add_type(module, &pidfd_spec, &state->pidfd_type) < 0 ||
+        add_type(module, &job_spec, &state->job_type) < 0)
+    {
         return -1;
     }
-    return PyModule_AddType(module, (PyTypeObject *)state->pidfd_type);
+    return add_type(module, &pool_spec, &state->pool_type);
 }
 
 static int
@@ -625,6 +1091,8 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     Py_VISIT(get_state(module)->audit);
     Py_VISIT(get_state(module)->pidfd_type);
+    Py_VISIT(get_state(module)->job_type);
+    Py_VISIT(get_state(module)->pool_type);
     return 0;
 }
 
@@ -633,6 +1101,8 @@ module_clear(PyObject *module)
 {
     Py_CLEAR(get_state(module)->audit);
     Py_CLEAR(get_state(module)->pidfd_type);
+    Py_CLEAR(get_state(module)->job_type);
+    Py_CLEAR(get_state(module)->pool_type);
     return 0;
 }
 

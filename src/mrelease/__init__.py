@@ -19,7 +19,8 @@ if sys.platform != "linux":
 
 from mrelease._mrelease import process_mrelease
 from mrelease.footprint import Footprint
-from mrelease.killing import kill
+from mrelease.killing import kill, kill_many
+from mrelease.reaper import Reaper, Reaping, Scheduling
 from mrelease.release import Outcome, Release
 from mrelease.support import Feature, Support, support
 from mrelease.victim import Victim
@@ -30,10 +31,14 @@ __all__ = [
     "Feature",
     "Footprint",
     "Outcome",
+    "Reaper",
+    "Reaping",
     "Release",
+    "Scheduling",
     "Support",
     "Victim",
     "kill",
+    "kill_many",
     "process_mrelease",
     "support",
 ]

@@ -1,4 +1,19 @@
-from typing import Literal, Protocol, final
+from typing import Literal, Protocol, TypeAlias, final
+
+# Of the stub alone: what reap() and Job.result() give.
+_Result: TypeAlias = tuple[
+    str,
+    bool,
+    tuple[int, int, int, int, int] | None,
+    float | None,
+    float | None,
+    float | None,
+    float | None,
+    int,
+    int,
+    Literal["free", "held", "unknown", "ignored"],
+    bool,
+]
 
 class _HasFileno(Protocol):
     def fileno(self) -> int: ...
@@ -31,20 +46,41 @@ def reap(
     locks: bool,
     send: bool,
     /,
-) -> (
-    int
-    | tuple[
-        str,
-        bool,
-        tuple[int, int, int, int, int] | None,
-        float | None,
-        float | None,
-        float | None,
-        float | None,
-        int,
-        int,
-        Literal["free", "held", "unknown", "ignored"],
-        bool,
-    ]
-): ...
+) -> int | _Result: ...
+
+@final
+class Job:
+    def fileno(self, /) -> int: ...
+    def done(self, /) -> bool: ...
+    def wait(self, timeout: int, /) -> bool: ...
+    def result(self, /) -> int | _Result: ...
+    def entered(self, /) -> float | None: ...
+
+_State: TypeAlias = Literal["open", "closed", "forked"]
+
+@final
+class Pool:
+    def state(self, /) -> _State: ...
+    def hurry(self, /) -> None: ...
+    def close(self, timeout: int, /) -> bool: ...
+
+def pool_new(
+    threads: int,
+    spares: int,
+    best: int,
+    least: int,
+    cpus: list[int] | None,
+    /,
+) -> tuple[Pool, tuple[int, int, int, int, list[int]]]: ...
+def job_new(
+    pidfd: int,
+    pid: int,
+    begun: int,
+    grace: int,
+    timeout: int,
+    escalate: int,
+    locks: bool,
+    /,
+) -> Job: ...
+def submit(pool: Pool, jobs: list[Job], /) -> _State: ...
 def probe(in_child: bool, /) -> dict[str, int]: ...

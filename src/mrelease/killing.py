@@ -1,4 +1,4 @@
-"""Kill one process, release its memory, and tell what became of it."""
+"""Kill processes, release their memory, and tell what became of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from time import monotonic_ns
 
 from mrelease.process import pin
 from mrelease.protocol import Terms, carry_out
+from mrelease.reaper import Reaper
 from mrelease.victim import Victim
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Literal, SupportsIndex
 
     from mrelease.process import HasPid
@@ -69,3 +71,39 @@ def kill(
         return carry_out(pidfd, pid, terms, begun)
     finally:
         pidfd.close()
+
+
+def kill_many(
+    processes: Iterable[Victim | HasPid | SupportsIndex],
+    *,
+    grace: float = 0.0,
+    timeout: float = 1.0,
+    locks: Literal["protect", "ignore"] = "protect",
+    reaper: Reaper | None = None,
+) -> list[Release]:
+    """Kill many processes, free their memory, and tell what became of each.
+
+    Reaper.kill_many(), waited for: all are pinned, then all are killed, then
+    released side by side, the biggest first.  The results are in the order
+    given; a process that is gone or may not be signalled has a Release with
+    Outcome.GONE or Outcome.DENIED.  The threads are those of reaper, or of one
+    that is made for this call: a program that kills under memory pressure
+    makes it in advance.
+
+    Raises TypeError, ValueError for what must not be killed, before any
+    process was signalled; OSError if not even one can be pinned, or the
+    threads cannot be made.
+    """
+    if reaper is None:
+        with Reaper() as own:
+            return kill_many(
+                processes,
+                grace=grace,
+                timeout=timeout,
+                locks=locks,
+                reaper=own,
+            )
+    reapings = reaper.kill_many(
+        processes, grace=grace, timeout=timeout, locks=locks
+    )
+    return [reaping.result() for reaping in reapings]

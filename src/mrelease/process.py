@@ -125,6 +125,16 @@ def pin(
     return pidfd, pid
 
 
+def no_file_left(pid: int, errno: int) -> OSError:
+    """Give the error for want of a file descriptor."""
+    return OSError(
+        errno,
+        f"cannot kill pid {pid}: no file descriptor is left for it "
+        "(RLIMIT_NOFILE); nothing was signalled. A Victim made in "
+        "advance has its own",
+    )
+
+
 def _cannot_pin(pid: int, error: OSError) -> Exception:
     """Say why pidfd_open(2) failed."""
     if error.errno in (EINVAL, ENOENT):
@@ -141,12 +151,7 @@ def _cannot_pin(pid: int, error: OSError) -> Exception:
     if error.errno == ESRCH:
         return no_such_process(pid, "there is no such process")
     if error.errno in (EMFILE, ENFILE):
-        return OSError(
-            error.errno,
-            f"cannot kill pid {pid}: no file descriptor is left for it "
-            "(RLIMIT_NOFILE); nothing was signalled. A Victim made in "
-            "advance has its own",
-        )
+        return no_file_left(pid, error.errno)
     if error.errno in (ENOSYS, EPERM):
         return OSError(
             error.errno,

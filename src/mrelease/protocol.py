@@ -25,7 +25,8 @@ _OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 _FOREVER = 2**62  # nanoseconds: 146 years
 
 
-def _nanoseconds(name: str, seconds: float) -> int:
+def nanoseconds(name: str, seconds: float) -> int:
+    """Give whole nanoseconds; raise TypeError, ValueError by that name."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(
             f"{name} must be a number of seconds, not {type(seconds).__name__}"
@@ -76,8 +77,8 @@ class Terms:
         timeout: float,
         locks: str,
     ) -> None:
-        self.grace: int = _nanoseconds("grace", grace)
-        self.timeout: int = _nanoseconds("timeout", timeout)
+        self.grace: int = nanoseconds("grace", grace)
+        self.timeout: int = nanoseconds("timeout", timeout)
         self.protect: bool = _protects(locks)
         self.escalate: int = _escalation(escalate_on)
 
@@ -103,6 +104,11 @@ def carry_out(
     )
     if isinstance(result, int):
         raise refusal(pid, result)
+    return as_release(pid, result)
+
+
+def as_release(pid: int, result: _mrelease._Result) -> Release:
+    """Make a Release of what the native protocol gave."""
     (
         outcome,
         freed,

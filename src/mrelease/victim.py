@@ -108,7 +108,7 @@ class Victim:
         return self
 
     def _adopt(self, pidfd: _mrelease.Pidfd, pid: int) -> None:
-        self._started = _start_of(pidfd, pid)
+        self._started = start_of(pidfd, pid)
         self._pid = pid
         self._shared = False
         self._pidfd = pidfd
@@ -205,7 +205,12 @@ class Victim:
         self, terms: Terms, begun: int, *, send: bool = True
     ) -> Release:
         """Run the kill protocol on checked terms; begun is monotonic_ns()."""
-        release = carry_out(self._open(), self._pid, terms, begun, send=send)
+        return self._remember(
+            carry_out(self._open(), self._pid, terms, begun, send=send)
+        )
+
+    def _remember(self, release: Release) -> Release:
+        """Judge a result by what earlier ones have shown."""
         if release.outcome is Outcome.SHARED:
             self._shared = True
         elif self._shared and release.outcome is Outcome.EXITED:
@@ -253,8 +258,12 @@ class Victim:
         return f"<Victim pid={self._pid} started={self._started} {state}>"
 
 
-def _start_of(pidfd: _mrelease.Pidfd, pid: int) -> int | None:
-    """Read the start time of the process; None without /proc."""
+def start_of(pidfd: _mrelease.Pidfd, pid: int) -> int | None:
+    """Read the start time of the process; None without /proc.
+
+    Raises ProcessLookupError if it was waited for, ValueError for a kernel
+    thread.
+    """
     try:
         started, is_kernel_thread = _mrelease.read_stat(pid)
     except OSError:
