@@ -50,34 +50,34 @@
 /* job->ahead */
 enum {
     NOBODY,
-    ARRIVED, /* a worker is awake and looks at the locks */
-    INSIDE, /* it is in its loop: the kill may go out */
-    OUTSIDE, /* it will not release, or it kills itself */
+    ARRIVED,                    /* a worker is awake, looking at the locks */
+    INSIDE,                     /* it is in its loop: the kill may go out */
+    OUTSIDE,                    /* it will not release, or it kills itself */
 };
 
 /* job->sent */
 enum {
     NOT_SENT,
-    CLAIMED, /* somebody is about to send it */
+    CLAIMED,                    /* somebody is about to send it */
     SENT,
-    NOT_ALLOWED, /* it failed, or will not be sent */
+    NOT_ALLOWED,                /* it failed, or will not be sent */
 };
 
 /* What a worker has to tell of a victim. */
 struct report {
     enum locks locks;
     bool looked;
-    int calls; /* 0: there was no release */
+    int calls;                  /* 0: there was no release */
     int err;
     int64_t entered;
     int64_t at;
 };
 
 struct job {
-    struct job *next; /* all of the pool's, until buried */
+    struct job *next;           /* all of the pool's, until buried */
     struct job *previous;
-    struct job *after; /* in the queue for a release */
-    struct job *attended; /* the next for the watcher to look at */
+    struct job *after;          /* in the queue for a release */
+    struct job *attended;       /* the next for the watcher to look at */
     struct pool *pool;
 
     /* The protocol.  It is its driver's: see drive(). */
@@ -89,7 +89,7 @@ struct job {
     _Atomic uint32_t ahead;
     _Atomic uint32_t sent;
     int sender_cpu;
-    int kill_err; /* by who claimed it, before `sent` */
+    int kill_err;               /* by who claimed it, before `sent` */
     int64_t kill_at;
 
     /* Under the lock of the pool. */
@@ -104,7 +104,7 @@ struct job {
     short heard;
     struct report report;
     int64_t wake_at;
-    int users; /* who may still use its fds */
+    int users;                  /* who may still use its fds */
 
     int done_fd;
     atomic_bool done;
@@ -116,47 +116,49 @@ struct worker {
     struct worker *next_idle;
     pthread_t thread;
     int number;
-    int spare_fd; /* given up for a look without another fd */
-    _Atomic uint32_t go; /* there is a task, or the end */
+    int spare_fd;               /* given up for a look without another fd */
+    _Atomic uint32_t go;        /* there is a task, or the end */
 
     /* Under the lock of the pool. */
     struct job *task;
     bool is_ahead;
     bool idle;
-    bool stuck; /* and not counted as busy any more */
+    bool stuck;                 /* and not counted as busy any more */
     bool made;
     bool exited;
-    int cpu; /* where it was last */
-    int64_t since; /* when it took its task */
+    pid_t tid;
+    int cpu;                    /* where it was last */
+    bool moved;                 /* it may not use all of its CPUs */
+    int64_t since;              /* when it took its task */
 };
 
 struct pool {
     pthread_mutex_t lock;
-    pthread_cond_t changed; /* a thread is ready or ended, a job is done */
+    pthread_cond_t changed;     /* a thread is ready or ended, a job done */
     pid_t owner;
-    atomic_int refs; /* its handle, and each thread */
+    atomic_int refs;            /* its handle, and each thread */
     int epoll;
     int wake_fd;
-    bool alone; /* there is one CPU for all of us */
+    bool alone;                 /* there is one CPU for all of us */
     struct pool_options asked;
-    cpu_set_t cpus; /* what asked.cpus points to */
+    cpu_set_t cpus;             /* what asked.cpus points to */
 
     struct job *jobs;
     int unfinished;
-    struct job *queue; /* the biggest first */
+    struct job *queue;          /* the biggest first */
     struct job *queue_end;
     struct job *attention;
     struct job *attention_end;
     struct worker *idle;
-    int busy; /* at work and not stuck */
-    int live; /* threads that have not ended */
+    int busy;                   /* at work and not stuck */
+    int live;                   /* threads that have not ended */
     int ready;
-    int err; /* of a thread that could not start well */
+    int err;                    /* of a thread that could not start well */
     struct pool_scheduling got;
     int64_t next_wake;
     bool watcher_sleeps;
     bool closing;
-    atomic_bool closed; /* `closing`, to be read without the lock */
+    atomic_bool closed;         /* `closing`, to be read without the lock */
 
     pthread_t watcher;
     bool watcher_made;
@@ -433,6 +435,23 @@ wake(struct worker *worker)
     sys_futex_wake(&worker->go, 1);
 }
 
+/* A real-time thread wakes up where it was last, and who is there stands still
+ * until it is done: not the CPU of who is about to kill.
+ */
+static void
+keep_off(struct pool *pool, struct worker *worker, int cpu)
+{
+    if (worker->cpu == cpu && cpu >= 0 && cpu < CPU_SETSIZE &&
+        scheduling_is_realtime(pool->got.attr.policy))
+    {
+        cpu_set_t others = pool->got.cpus;
+        CPU_CLR((size_t)cpu, &others);
+        worker->moved =
+            CPU_COUNT(&others) > 0 &&
+            sched_setaffinity(worker->tid, sizeof(others), &others) == 0;
+    }
+}
+
 /* Let idle workers take what is in the queue. */
 static void
 dispatch(struct pool *pool)
@@ -563,7 +582,7 @@ work(struct worker *self, struct job *job, bool is_ahead)
     struct report report;
 
     lock(pool);
-    report = job->report; /* did an earlier try look at the locks? */
+    report = job->report;       /* did an earlier try look at the locks? */
     unlock(pool);
     report.calls = 0;
     if (is_ahead) {
@@ -633,6 +652,10 @@ work_on(struct worker *self)
         unlock(pool);
         work(self, job, self->is_ahead);
         lock(pool);
+        if (self->moved) {
+            sched_setaffinity(0, sizeof(pool->got.cpus), &pool->got.cpus);
+            self->moved = false;
+        }
         unuse(job);
         self->task = NULL;
         if (!self->stuck) {
@@ -686,6 +709,7 @@ strike(struct job *job)
     struct worker *worker = take_idle(pool, job->sender_cpu);
     if (worker != NULL) {
         job->users++;
+        keep_off(pool, worker, job->sender_cpu);
         give(pool, worker, job, true);
     }
     unlock(pool);
@@ -735,7 +759,7 @@ finish(struct pool *pool, struct job *job)
     (void)n;
     pool->unfinished--;
     job->wake_at = INT64_MAX;
-    attend(pool, job); /* to be buried */
+    attend(pool, job);          /* to be buried */
     if (is_over(pool)) {
         wake_all(pool);
     }
@@ -1131,6 +1155,7 @@ settle_in(const struct pool_options *asked, struct pool_scheduling *got)
     if (rung > asked->least) {
         return err;
     }
+    scheduling_shorten_slice();
     memset(got, 0, sizeof(*got));
     sys_sched_getattr(0, &got->attr);
     got->refused = rung == asked->best ? 0 : err != 0 ? err : EPERM;
@@ -1177,6 +1202,7 @@ run_worker(void *arg)
     struct worker *self = arg;
     struct pool *pool = self->pool;
 
+    self->tid = (pid_t)syscall(SYS_gettid);
     if (begin(pool, "", self->number)) {
         work_on(self);
     }

@@ -9,6 +9,7 @@
 #  define SCHED_DEADLINE 6
 #endif
 #define FLAG_RESET_ON_FORK 1    /* SCHED_FLAG_RESET_ON_FORK */
+#define SHORTEST_SLICE 100000   /* nanoseconds: kernel/sched/syscalls.c */
 
 bool
 scheduling_is_realtime(uint32_t policy)
@@ -26,6 +27,19 @@ best_nice(void)
         return 20;
     }
     return limit.rlim_cur >= 40 ? -20 : 20 - (int)limit.rlim_cur;
+}
+
+void
+scheduling_shorten_slice(void)
+{
+    struct sys_sched_attr attr;
+
+    memset(&attr, 0, sizeof(attr));
+    if (sys_sched_getattr(0, &attr) == 0 && attr.policy == SCHED_OTHER) {
+        attr.size = sizeof(attr);
+        attr.runtime = SHORTEST_SLICE;
+        sys_sched_setattr(0, &attr);
+    }
 }
 
 int

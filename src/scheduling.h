@@ -24,6 +24,14 @@ enum scheduling_rung {
 bool
 scheduling_is_realtime(uint32_t policy);
 
+/* Without real-time scheduling: ask for the shortest time slice.  It needs no
+ * right and gives no more of the CPU, but a thread with a shorter slice than
+ * the one that runs gets the CPU at once when it wakes up (Linux 6.12; older
+ * kernels take no notice).
+ */
+void
+scheduling_shorten_slice(void);
+
 /* Set the best from rung `*from` on, for thread `tid` (0: the caller's), which
  * had `before`.  `*from` becomes the first rung that is still worth a try.
  *
