@@ -3,13 +3,12 @@
 #include <errno.h>
 #include <fcntl.h>              /* O_CLOEXEC */
 #include <sched.h>              /* sched_setaffinity() */
-#include <signal.h>             /* sigprocmask() */
 #include <string.h>             /* memset() */
 #include <sys/resource.h>       /* RLIMIT_CORE */
 #include <sys/uio.h>            /* process_vm_readv() */
-#include <sys/wait.h>           /* waitid() */
 #include <unistd.h>             /* pipe2(), _exit() */
 
+#include "child.h"
 #include "syscalls.h"
 
 static int
@@ -116,22 +115,6 @@ child(int first, int out)
     _exit(0);
 }
 
-/* A fork() without the exit signal, and without handlers run in the child. */
-static pid_t
-fork_quietly(void)
-{
-    sigset_t all;
-    sigset_t before;
-
-    sigfillset(&all);
-    sigprocmask(SIG_SETMASK, &all, &before);
-    pid_t pid = (pid_t)syscall(SYS_clone, 0UL, 0UL, 0UL, 0UL, 0UL);
-    if (pid != 0) {
-        sigprocmask(SIG_SETMASK, &before, NULL);
-    }
-    return pid;
-}
-
 /* Fill results from `first` on; returns how many are filled. */
 static int
 probe_in_child(int first, int results[PROBE_CALLS])
@@ -142,7 +125,7 @@ probe_in_child(int first, int results[PROBE_CALLS])
     if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0) {
         return first;
     }
-    pid_t pid = fork_quietly();
+    pid_t pid = child_fork();
     if (pid == 0) {
         child(first, ends[1]);
     }
@@ -151,11 +134,7 @@ probe_in_child(int first, int results[PROBE_CALLS])
         /* It writes less than a pipe holds, so it ends without a reader.  No
          * reading to the end: a fork() elsewhere may keep the pipe open.
          */
-        siginfo_t info;
-        int rc;
-        do {
-            rc = waitid(P_PID, (id_t)pid, &info, WEXITED | __WALL);
-        } while (rc < 0 && errno == EINTR);
+        int rc = child_wait(pid);
         while (rc == 0 && filled < PROBE_CALLS &&
                read(ends[0], &results[filled], sizeof(int)) ==
                    (ssize_t)sizeof(int))
