@@ -16,7 +16,7 @@ if sys.platform != "linux":
     )
 
 SOURCES = ["_mrelease", "pool", "reap", "locks", "raise", "scheduling"]
-SOURCES += ["procfs", "probe", "child"]
+SOURCES += ["procfs", "probe", "child", "harden"]
 
 # The stable ABI from 3.12 on: a module built for 3.11's cannot be imported in
 # a subinterpreter that has its own GIL.  Free-threaded Python has one from

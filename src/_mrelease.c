@@ -18,6 +18,8 @@
 #include <poll.h>               /* poll() */
 #include <stdbool.h>
 
+#include "child.h"
+#include "harden.h"
 #include "locks.h"
 #include "pool.h"
 #include "probe.h"
@@ -1037,6 +1039,169 @@ probe(PyObject *Py_UNUSED(module), PyObject *arg)
     return found;
 }
 
+/* None, or OSError for an errno. */
+static PyObject *
+none_or_errno(int err)
+{
+    if (err != 0) {
+        return raise_errno(err);
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(lock_memory_doc,
+"lock_memory($module, future, /)\n"
+"--\n"
+"\n"
+"mlockall(MCL_CURRENT | MCL_ONFAULT), with future also MCL_FUTURE.\n"
+"\n"
+"Raises OSError by errno.");
+
+static PyObject *
+lock_memory(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    int err;
+    int future = PyObject_IsTrue(arg);
+    if (future < 0) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    err = harden_lock(future != 0);
+    Py_END_ALLOW_THREADS
+    return none_or_errno(err);
+}
+
+PyDoc_STRVAR(unlock_memory_doc,
+"unlock_memory($module, /)\n"
+"--\n"
+"\n"
+"munlockall(2).  Raises OSError by errno.");
+
+static PyObject *
+unlock_memory(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    int err;
+    Py_BEGIN_ALLOW_THREADS
+    err = harden_unlock();
+    Py_END_ALLOW_THREADS
+    return none_or_errno(err);
+}
+
+PyDoc_STRVAR(locks_future_doc,
+"locks_future($module, /)\n"
+"--\n"
+"\n"
+"Whether what gets mapped from now on is locked (MCL_FUTURE is in force).");
+
+static PyObject *
+locks_future(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    return PyBool_FromLong(harden_locks_future());
+}
+
+PyDoc_STRVAR(may_lock_all_doc,
+"may_lock_all($module, /)\n"
+"--\n"
+"\n"
+"Whether this process may lock more than RLIMIT_MEMLOCK, or has no limit.");
+
+static PyObject *
+may_lock_all(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    return PyBool_FromLong(harden_may_lock_all());
+}
+
+PyDoc_STRVAR(get_scheduling_doc,
+"get_scheduling($module, /)\n"
+"--\n"
+"\n"
+"(policy, priority, nice, reset_on_fork) of the calling thread.\n"
+"\n"
+"Not by the os module, which has no such functions with musl.  Raises\n"
+"OSError by errno.");
+
+static PyObject *
+get_scheduling(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    struct sys_sched_attr attr;
+    if (sys_sched_getattr(0, &attr) < 0) {
+        return raise_errno(errno);
+    }
+    return Py_BuildValue("(IIiO)", attr.policy, attr.priority, attr.nice,
+                         attr.flags & SYS_SCHED_RESET_ON_FORK ? Py_True
+                                                              : Py_False);
+}
+
+PyDoc_STRVAR(set_scheduling_doc,
+"set_scheduling($module, policy, priority, nice, reset_on_fork, /)\n"
+"--\n"
+"\n"
+"Set what get_scheduling() gives.  Raises OSError by errno.");
+
+static PyObject *
+set_scheduling(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    struct sys_sched_attr attr = {.size = sizeof(attr)};
+    int reset;
+    if (!PyArg_ParseTuple(args, "IIip:set_scheduling", &attr.policy,
+                          &attr.priority, &attr.nice, &reset))
+    {
+        return NULL;
+    }
+    attr.flags = reset ? SYS_SCHED_RESET_ON_FORK : 0;
+    return none_or_errno(sys_sched_setattr(0, &attr) < 0 ? errno : 0);
+}
+
+PyDoc_STRVAR(raise_scheduling_doc,
+"raise_scheduling($module, realtime, /)\n"
+"--\n"
+"\n"
+"Give the calling thread the best that is allowed; it is not inherited.\n"
+"\n"
+"Raises OSError by errno: EPERM if nothing better is allowed.");
+
+static PyObject *
+raise_scheduling(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    int realtime = PyObject_IsTrue(arg);
+    return realtime < 0 ? NULL : none_or_errno(harden_schedule(realtime != 0));
+}
+
+PyDoc_STRVAR(start_child_doc,
+"start_child($module, /)\n"
+"--\n"
+"\n"
+"Fork a child to be killed, which the program does not notice: its pid.\n"
+"\n"
+"For end_child(), in the same thread: it ends with it.  Raises OSError by\n"
+"errno.");
+
+static PyObject *
+start_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    pid_t pid = child_start_idle();
+    return pid < 0 ? raise_errno(errno) : PyLong_FromLong(pid);
+}
+
+PyDoc_STRVAR(end_child_doc,
+"end_child($module, pid, /)\n"
+"--\n"
+"\n"
+"Kill a child of start_child() if it still runs, and wait for it.");
+
+static PyObject *
+end_child(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    long long pid = as_number(arg, "pid", 1, INT_MAX);
+    if (pid == -1) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    child_end((pid_t)pid);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"process_mrelease", (PyCFunction)(void (*)(void))process_mrelease,
      METH_FASTCALL, process_mrelease_doc},
@@ -1052,6 +1217,15 @@ static PyMethodDef methods[] = {
     {"job_new", job_new, METH_VARARGS, job_new_doc},
     {"submit", pool_submit_function, METH_VARARGS, pool_submit_doc},
     {"probe", probe, METH_O, probe_doc},
+    {"lock_memory", lock_memory, METH_O, lock_memory_doc},
+    {"unlock_memory", unlock_memory, METH_NOARGS, unlock_memory_doc},
+    {"locks_future", locks_future, METH_NOARGS, locks_future_doc},
+    {"may_lock_all", may_lock_all, METH_NOARGS, may_lock_all_doc},
+    {"get_scheduling", get_scheduling, METH_NOARGS, get_scheduling_doc},
+    {"set_scheduling", set_scheduling, METH_VARARGS, set_scheduling_doc},
+    {"raise_scheduling", raise_scheduling, METH_O, raise_scheduling_doc},
+    {"start_child", start_child, METH_NOARGS, start_child_doc},
+    {"end_child", end_child, METH_O, end_child_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -8,7 +8,6 @@
 #ifndef SCHED_DEADLINE
 #  define SCHED_DEADLINE 6
 #endif
-#define FLAG_RESET_ON_FORK 1    /* SCHED_FLAG_RESET_ON_FORK */
 #define SHORTEST_SLICE 100000   /* nanoseconds: kernel/sched/syscalls.c */
 
 bool
@@ -50,7 +49,7 @@ scheduling_set_best(pid_t tid, const struct sys_sched_attr *before,
         struct sys_sched_attr wanted;
         memset(&wanted, 0, sizeof(wanted));
         wanted.size = sizeof(wanted);
-        wanted.flags = FLAG_RESET_ON_FORK;
+        wanted.flags = SYS_SCHED_RESET_ON_FORK;
         if (*from == SCHEDULING_FIFO) {
             wanted.policy = SCHED_FIFO;
             wanted.priority = 1;

@@ -117,6 +117,8 @@ struct sys_sched_attr {
     uint64_t period;
 };
 
+#define SYS_SCHED_RESET_ON_FORK 1       /* SCHED_FLAG_RESET_ON_FORK */
+
 static inline int
 sys_sched_setattr(pid_t tid, struct sys_sched_attr *attr)
 {

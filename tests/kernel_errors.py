@@ -251,10 +251,11 @@ def drop_privileges(uid: int = 65534) -> None:
 # ---------------------------------------------------- system call numbers
 
 _X86_64 = {
-    "bpf": 321, "clock_nanosleep": 230, "close": 3, "clone3": 435, "dup": 32,
-    "epoll_create1": 291, "eventfd2": 290, "execve": 59, "fcntl": 72,
-    "futex": 202, "get_robust_list": 274, "getdents64": 217, "getpid": 39,
-    "ioctl": 16, "kill": 62, "madvise": 28, "mlockall": 151, "nanosleep": 35,
+    "bpf": 321, "clock_nanosleep": 230, "clone": 56, "clone3": 435,
+    "close": 3, "dup": 32, "epoll_create1": 291, "eventfd2": 290,
+    "execve": 59, "fcntl": 72, "futex": 202, "get_robust_list": 274,
+    "getdents64": 217, "getpid": 39, "ioctl": 16, "kill": 62, "madvise": 28,
+    "mlock2": 325, "mlockall": 151, "munlockall": 152, "nanosleep": 35,
     "openat": 257, "pipe2": 293, "poll": 7, "ppoll": 271, "prctl": 157,
     "prlimit64": 302, "process_vm_readv": 310, "read": 0, "readv": 19,
     "rt_tgsigqueueinfo": 297, "sched_setaffinity": 203, "sched_setattr": 314,
@@ -264,12 +265,13 @@ _X86_64 = {
 }  # fmt: skip
 # The table that newer architectures share: aarch64, riscv64, loongarch64.
 _GENERIC = {
-    "bpf": 280, "clock_nanosleep": 115, "close": 57, "clone3": 435, "dup": 23,
-    "epoll_create1": 20, "eventfd2": 19, "execve": 221, "fcntl": 25,
-    "futex": 98, "get_robust_list": 100, "getdents64": 61, "getpid": 172,
-    "ioctl": 29, "kill": 129, "madvise": 233, "mlockall": 230,
-    "nanosleep": 101, "openat": 56, "pipe2": 59, "ppoll": 73, "prctl": 167,
-    "prlimit64": 261, "process_vm_readv": 270, "read": 63, "readv": 65,
+    "bpf": 280, "clock_nanosleep": 115, "clone": 220, "clone3": 435,
+    "close": 57, "dup": 23, "epoll_create1": 20, "eventfd2": 19,
+    "execve": 221, "fcntl": 25, "futex": 98, "get_robust_list": 100,
+    "getdents64": 61, "getpid": 172, "ioctl": 29, "kill": 129, "madvise": 233,
+    "mlock2": 284, "mlockall": 230, "munlockall": 231, "nanosleep": 101,
+    "openat": 56, "pipe2": 59, "ppoll": 73, "prctl": 167, "prlimit64": 261,
+    "process_vm_readv": 270, "read": 63, "readv": 65,
     "rt_tgsigqueueinfo": 240, "sched_setaffinity": 122, "sched_setattr": 274,
     "sched_setparam": 118, "sched_setscheduler": 119, "setpriority": 140,
     "sigaltstack": 132, "tgkill": 131, "tkill": 130, "wait4": 260,

@@ -19,9 +19,11 @@ if sys.platform != "linux":
 
 from mrelease._mrelease import process_mrelease
 from mrelease.footprint import Footprint
+from mrelease.hardening import Hardening, harden
 from mrelease.killing import kill, kill_many
-from mrelease.reaper import Reaper, Reaping, Scheduling
+from mrelease.reaper import Reaper, Reaping
 from mrelease.release import Outcome, Release
+from mrelease.scheduling import Scheduling
 from mrelease.support import Feature, Support, support
 from mrelease.victim import Victim
 
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Feature",
     "Footprint",
+    "Hardening",
     "Outcome",
     "Reaper",
     "Reaping",
@@ -37,6 +40,7 @@ __all__ = [
     "Scheduling",
     "Support",
     "Victim",
+    "harden",
     "kill",
     "kill_many",
     "process_mrelease",

@@ -11,7 +11,7 @@ from mrelease import _mrelease
 from mrelease.process import no_file_left, pid_of, pin
 from mrelease.protocol import Terms, as_release, nanoseconds, refusal
 from mrelease.release import Outcome, Release
-from mrelease.value import Value
+from mrelease.scheduling import Scheduling, policy_name
 from mrelease.victim import Victim, start_of
 
 TYPE_CHECKING = False
@@ -38,54 +38,6 @@ _RUNGS = {
     "nice": (_NICE, _LIMIT),
     "none": (_NONE, _NONE),
 }
-_POLICIES = {
-    os.SCHED_OTHER: "SCHED_OTHER",
-    os.SCHED_FIFO: "SCHED_FIFO",
-    os.SCHED_RR: "SCHED_RR",
-    os.SCHED_BATCH: "SCHED_BATCH",
-    os.SCHED_IDLE: "SCHED_IDLE",
-    6: "SCHED_DEADLINE",
-}
-
-
-class Scheduling(Value):
-    """How the threads of a Reaper are scheduled: what was obtained.
-
-    policy    'SCHED_FIFO', 'SCHED_OTHER', ... (sched(7))
-    priority  of a real-time policy, else 0
-    nice      of another policy, else 0
-    cpus      the CPUs that they may use
-    why       why it is no better, or empty
-    """
-
-    __slots__ = ("policy", "priority", "nice", "cpus", "why")  # noqa: RUF023
-
-    policy: str
-    priority: int
-    nice: int
-    cpus: tuple[int, ...]
-    why: str
-
-    def __init__(
-        self,
-        policy: str,
-        priority: int,
-        nice: int,
-        cpus: tuple[int, ...],
-        why: str = "",
-    ) -> None:
-        self._set(policy, priority, nice, cpus, why)
-
-    def as_dict(self) -> dict[str, object]:
-        """Give the fields, ready for JSON."""
-        found = dict(zip(self.__slots__, self._fields(), strict=True))
-        return found | {"cpus": list(self.cpus)}
-
-    def __str__(self) -> str:
-        level = self.priority or f"nice {self.nice}"
-        cpus = ", ".join(map(str, self.cpus))
-        line = f"{self.policy} {level} on CPUs {cpus}"
-        return f"{line}: {self.why}" if self.why else line
 
 
 def _scheduling(
@@ -100,9 +52,7 @@ def _scheduling(
         )
     elif refused:
         why = f"nice -20 is not allowed ({os.strerror(refused)})"
-    return Scheduling(
-        _POLICIES.get(number, str(number)), priority, nice, tuple(cpus), why
-    )
+    return Scheduling(policy_name(number), priority, nice, tuple(cpus), why)
 
 
 class _Readable:
