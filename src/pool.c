@@ -89,6 +89,7 @@ struct job {
     _Atomic uint32_t ahead;
     _Atomic uint32_t sent;
     int sender_cpu;
+    bool called;                /* by its driver: a worker is ahead */
     int kill_err;               /* by who claimed it, before `sent` */
     int64_t kill_at;
 
@@ -111,6 +112,13 @@ struct job {
     atomic_int refs;
 };
 
+/* What a worker has to do for a victim. */
+enum task {
+    AHEAD_OF_KILL,              /* be ahead of its kill, and release */
+    RELEASE,
+    STRIKE,                     /* kill it, with another one ahead */
+};
+
 struct worker {
     struct pool *pool;
     struct worker *next_idle;
@@ -120,8 +128,8 @@ struct worker {
     _Atomic uint32_t go;        /* there is a task, or the end */
 
     /* Under the lock of the pool. */
-    struct job *task;
-    bool is_ahead;
+    struct job *job;
+    enum task task;
     bool idle;
     bool stuck;                 /* and not counted as busy any more */
     bool made;
@@ -140,6 +148,7 @@ struct pool {
     int epoll;
     int wake_fd;
     bool alone;                 /* there is one CPU for all of us */
+    int most_ahead;             /* workers ahead of kills at the same time */
     struct pool_options asked;
     cpu_set_t cpus;             /* what asked.cpus points to */
 
@@ -294,15 +303,20 @@ job_entered(const struct job *job)
 
 /* ------------------------------------- lists and counts, with the lock held */
 
+/* Make an eventfd readable; an errno, or 0. */
+static int
+signal_fd(int fd)
+{
+    uint64_t one = 1;
+    return write(fd, &one, sizeof(one)) < 0 ? errno : 0;
+}
+
 static void
 kick(struct pool *pool)
 {
     if (pool->watcher_sleeps) {
-        uint64_t one = 1;
         pool->watcher_sleeps = false;
-        /* It can only fail for a counter that is full: then it is awake. */
-        ssize_t n = write(pool->wake_fd, &one, sizeof(one));
-        (void)n;
+        signal_fd(pool->wake_fd);
     }
 }
 
@@ -386,7 +400,7 @@ count_stuck(struct pool *pool)
 
     for (int i = 0; i < pool->count; i++) {
         struct worker *worker = &pool->workers[i];
-        if (worker->task != NULL && !worker->stuck && worker->since < since) {
+        if (worker->job != NULL && !worker->stuck && worker->since < since) {
             worker->stuck = true;
             pool->busy--;
         }
@@ -419,10 +433,10 @@ take_idle(struct pool *pool, int cpu)
 }
 
 static void
-give(struct pool *pool, struct worker *worker, struct job *job, bool is_ahead)
+give(struct pool *pool, struct worker *worker, struct job *job, enum task task)
 {
-    worker->task = job;
-    worker->is_ahead = is_ahead;
+    worker->job = job;
+    worker->task = task;
     worker->stuck = false;
     worker->since = reap_now();
     pool->busy++;
@@ -462,7 +476,7 @@ dispatch(struct pool *pool)
             kick(pool); /* it looks for those that are stuck */
             return;
         }
-        give(pool, worker, queue_pop(pool), false);
+        give(pool, worker, queue_pop(pool), RELEASE);
         wake(worker);
     }
 }
@@ -576,16 +590,23 @@ static void
 drive(struct job *job);
 
 static void
-work(struct worker *self, struct job *job, bool is_ahead)
+carry_on(struct job *job, enum reap_progress progress);
+
+static void
+work(struct worker *self, struct job *job, enum task task)
 {
     struct pool *pool = self->pool;
     struct report report;
 
+    if (task == STRIKE) {
+        carry_on(job, REAP_STRIKE);
+        return;
+    }
     lock(pool);
     report = job->report;       /* did an earlier try look at the locks? */
     unlock(pool);
     report.calls = 0;
-    if (is_ahead) {
+    if (task == AHEAD_OF_KILL) {
         work_ahead(self, job, &report);
     }
     else {
@@ -643,21 +664,21 @@ work_on(struct worker *self)
 {
     struct pool *pool = self->pool;
 
-    while (!is_over(pool) || self->task != NULL) {
-        if (self->task == NULL) {
+    while (!is_over(pool) || self->job != NULL) {
+        if (self->job == NULL) {
             park(self);
             continue;
         }
-        struct job *job = self->task;
+        struct job *job = self->job;
         unlock(pool);
-        work(self, job, self->is_ahead);
+        work(self, job, self->task);
         lock(pool);
         if (self->moved) {
             sched_setaffinity(0, sizeof(pool->got.cpus), &pool->got.cpus);
             self->moved = false;
         }
         unuse(job);
-        self->task = NULL;
+        self->job = NULL;
         if (!self->stuck) {
             pool->busy--;
         }
@@ -665,7 +686,7 @@ work_on(struct worker *self)
             wake_all(pool);
         }
         if (pool->queue != NULL && pool->busy < pool->asked.threads) {
-            give(pool, self, queue_pop(pool), false);
+            give(pool, self, queue_pop(pool), RELEASE);
             atomic_store(&self->go, 0);
         }
     }
@@ -696,11 +717,11 @@ await_ahead(const struct pool *pool, struct job *job)
     }
 }
 
-/* SIGKILL, once a worker is ahead of it, or without one.  Returns what
- * reap_struck() does.
+/* Call a worker ahead of the kill that is about to be sent, if one is to be
+ * had.
  */
-static enum reap_progress
-strike(struct job *job)
+static void
+call_ahead(struct job *job)
 {
     struct pool *pool = job->pool;
 
@@ -708,20 +729,41 @@ strike(struct job *job)
     job->sender_cpu = sched_getcpu();
     struct worker *worker = take_idle(pool, job->sender_cpu);
     if (worker != NULL) {
+        job->called = true;
         job->users++;
         keep_off(pool, worker, job->sender_cpu);
-        give(pool, worker, job, true);
+        give(pool, worker, job, AHEAD_OF_KILL);
     }
     unlock(pool);
     if (worker != NULL) {
         wake(worker);
-        await_ahead(pool, job);
+    }
+}
+
+/* SIGKILL, once the worker that was called is there. */
+static void
+send_out(struct job *job)
+{
+    if (job->called) {
+        await_ahead(job->pool, job);
     }
     if (claim(job)) {
         send_kill(job);
-        sys_futex_wake(&job->sent, INT_MAX);
+        if (job->called) {
+            sys_futex_wake(&job->sent, INT_MAX);
+        }
     }
+}
+
+/* SIGKILL was sent, or claimed by the worker: what comes next.  Returns what
+ * reap_struck() does.
+ */
+static enum reap_progress
+follow_up(struct job *job)
+{
+    struct pool *pool = job->pool;
     uint32_t sent;
+
     while ((sent = atomic_load(&job->sent)) == CLAIMED) {
         sys_futex_wait(&job->sent, CLAIMED, MS);
     }
@@ -731,7 +773,7 @@ strike(struct job *job)
         job->reap.releasing = true;
         lock(pool);
         job->raise_due = true;
-        if (worker == NULL) {
+        if (!job->called) {
             queue_up(pool, job);
             dispatch(pool);
         }
@@ -740,14 +782,20 @@ strike(struct job *job)
     return progress;
 }
 
+static enum reap_progress
+strike(struct job *job)
+{
+    call_ahead(job);
+    send_out(job);
+    return follow_up(job);
+}
+
 /* ------------------------------------------------------------ the protocol */
 
 /* The job is done, or nothing was sent.  With the lock held. */
 static void
 finish(struct pool *pool, struct job *job)
 {
-    uint64_t one = 1;
-
     /* A worker that is called ahead of a kill that is not sent goes home. */
     claim(job);
     if (atomic_load(&job->sent) == CLAIMED) {
@@ -755,8 +803,7 @@ finish(struct pool *pool, struct job *job)
         sys_futex_wake(&job->sent, INT_MAX);
     }
     atomic_store_explicit(&job->done, true, memory_order_release);
-    ssize_t n = write(job->done_fd, &one, sizeof(one));
-    (void)n;
+    signal_fd(job->done_fd);
     pool->unfinished--;
     job->wake_at = INT64_MAX;
     attend(pool, job);          /* to be buried */
@@ -764,6 +811,12 @@ finish(struct pool *pool, struct job *job)
         wake_all(pool);
     }
     pthread_cond_broadcast(&pool->changed);
+}
+
+static bool
+is_watcher(const struct pool *pool)
+{
+    return pthread_equal(pthread_self(), pool->watcher) != 0;
 }
 
 /* What was heard of the job since.  With the lock held; gives it up. */
@@ -774,8 +827,7 @@ take_news(struct pool *pool, struct job *job)
     struct report report = job->report;
     bool reported = job->reported;
     short heard = job->heard;
-    bool raise =
-        job->raise_due && pthread_equal(pthread_self(), pool->watcher);
+    bool raise = job->raise_due && is_watcher(pool);
 
     job->news = false;
     job->reported = false;
@@ -803,6 +855,32 @@ take_news(struct pool *pool, struct job *job)
     }
 }
 
+/* A kill may take some milliseconds, and all others wait for the watcher: if
+ * two workers are to be had, one kills with the other ahead of it.
+ */
+static bool
+hand_over(struct pool *pool, struct job *job)
+{
+    struct worker *worker = NULL;
+
+    if (!is_watcher(pool)) {
+        return false;
+    }
+    lock(pool);
+    if (pool->busy + 2 <= pool->asked.threads && pool->idle != NULL &&
+        pool->idle->next_idle != NULL)
+    {
+        worker = take_idle(pool, -1);
+        job->users++;
+        give(pool, worker, job, STRIKE);
+    }
+    unlock(pool);
+    if (worker != NULL) {
+        wake(worker);
+    }
+    return worker != NULL;
+}
+
 /* Carry the job on from what came last, as far as it goes without waiting.
  * For its driver; also takes the news that others leave meanwhile.
  */
@@ -817,6 +895,9 @@ carry_on(struct job *job, enum reap_progress progress)
                 progress = reap_advance(&job->reap);
             }
             if (progress == REAP_STRIKE) {
+                if (hand_over(pool, job)) {
+                    return;     /* it is driven by that worker now */
+                }
                 progress = reap_prepare(&job->reap);
                 if (progress == REAP_STRIKE) {
                     progress = strike(job);
@@ -964,8 +1045,19 @@ pool_submit(struct pool *pool, struct job **jobs, int count)
         }
     }
     qsort(jobs, (size_t)struck, sizeof(struct job *), by_size);
+
+    /* Workers may be more urgent than we are, and raised victims are: none of
+     * them is set to work before all have been sent their SIGKILL, but for
+     * those that are ahead of a kill, which leave one CPU to us.
+     */
+    for (int i = 0; i < struck && i < pool->most_ahead; i++) {
+        call_ahead(jobs[i]);
+    }
     for (int i = 0; i < struck; i++) {
-        carry_on(jobs[i], strike(jobs[i]));
+        send_out(jobs[i]);
+    }
+    for (int i = 0; i < struck; i++) {
+        carry_on(jobs[i], follow_up(jobs[i]));
     }
     return POOL_OPEN;
 }
@@ -1105,13 +1197,22 @@ watch(struct pool *pool)
 /* ------------------------------------------------------ the life of threads */
 
 static void
-free_pool(struct pool *pool)
+close_pool_fds(struct pool *pool)
 {
     for (int i = 0; i < pool->count; i++) {
         close_fd(pool->workers[i].spare_fd);
+        pool->workers[i].spare_fd = -1;
     }
     close_fd(pool->epoll);
     close_fd(pool->wake_fd);
+    pool->epoll = -1;
+    pool->wake_fd = -1;
+}
+
+static void
+free_pool(struct pool *pool)
+{
+    close_pool_fds(pool);
     pthread_cond_destroy(&pool->changed);
     pthread_mutex_destroy(&pool->lock);
     free(pool);
@@ -1163,6 +1264,17 @@ settle_in(const struct pool_options *asked, struct pool_scheduling *got)
     return 0;
 }
 
+/* Have the pages of the stack that a kill needs: it makes none then. */
+static void
+touch_stack(void)
+{
+    volatile char pages[STACK / 4];
+
+    for (size_t i = 0; i < sizeof(pages); i += 1024) {
+        pages[i] = 0;
+    }
+}
+
 /* In a new thread; true if it may go on.  Takes the lock. */
 static bool
 begin(struct pool *pool, const char *name, int number)
@@ -1172,6 +1284,7 @@ begin(struct pool *pool, const char *name, int number)
 
     snprintf(full, sizeof(full), "mrelease/%.4s%d", name, number);
     pthread_setname_np(pthread_self(), full);
+    touch_stack();
     int err = settle_in(&pool->asked, &got);
     lock(pool);
     pool->ready++;
@@ -1330,7 +1443,9 @@ open_pool(struct pool *pool)
         pool->asked.cpus = &pool->cpus;
         CPU_OR(&cpus, &cpus, &pool->cpus);
     }
-    pool->alone = CPU_COUNT(&cpus) == 1;
+    int usable = CPU_COUNT(&cpus);
+    pool->alone = usable == 1;
+    pool->most_ahead = usable > 2 ? usable - 1 : 1;
     pool->epoll = epoll_create1(EPOLL_CLOEXEC);
     if (pool->epoll < 0) {
         return errno;
@@ -1345,7 +1460,9 @@ open_pool(struct pool *pool)
             return errno;
         }
     }
-    return watch_fd(pool, pool->wake_fd, EPOLLIN, NULL);
+    int err = watch_fd(pool, pool->wake_fd, EPOLLIN, NULL);
+    /* A seccomp policy that forbids write(2) is found out now, not later. */
+    return err != 0 ? err : signal_fd(pool->wake_fd);
 }
 
 int
@@ -1444,8 +1561,8 @@ count_awaited(const struct pool *pool)
     int count = pool->live;
     for (int i = 0; i < pool->count; i++) {
         const struct worker *worker = &pool->workers[i];
-        count -= worker->task != NULL && !worker->exited &&
-                 atomic_load(&worker->task->done) &&
+        count -= worker->job != NULL && !worker->exited &&
+                 atomic_load(&worker->job->done) &&
                  worker->since < reap_now() - STUCK;
     }
     return count;
@@ -1475,6 +1592,11 @@ pool_close(struct pool *pool, int64_t deadline, bool cut)
     if (in_time) {
         part_with_threads(pool);
     }
+    lock(pool);
+    if (pool->live == 0) {
+        close_pool_fds(pool);   /* who keeps the pool keeps none of these */
+    }
+    unlock(pool);
     return in_time;
 }
 

@@ -11,6 +11,7 @@ from mrelease import _mrelease
 from mrelease.footprint import in_units
 from mrelease.killing import kill
 from mrelease.process import read_fields
+from mrelease.reaper import Reaper
 from mrelease.scheduling import policy_name
 from mrelease.value import Value
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
     from typing import Literal, Self
+
+    from mrelease.release import Release
 
     Status = Literal["done", "not allowed", "not available", "skipped"]
 
@@ -231,9 +234,10 @@ def harden(
     killed.  Where it waits for Python's GIL it waits for threads that were
     not raised.
 
-    warm_up: a child is forked, killed and released, so that what a kill needs
-    is in memory, and stays there if it is locked.  The child sends no SIGCHLD
-    and is not seen by wait(); audit hooks do hear mrelease.kill.
+    warm_up: a child is forked, killed and released by kill(), another one by a
+    Reaper where there can be one, so that what a kill needs is in memory, and
+    stays there if it is locked.  They send no SIGCHLD and are not seen by
+    wait(); audit hooks do hear mrelease.kill.
 
     Raises TypeError if an argument is no bool, before anything is changed;
     nothing else.  A seccomp policy that kills the caller of mlockall(2) or
@@ -576,16 +580,27 @@ def _warm_up() -> Step:
             "and end it: have one there first",
         )
     begun = monotonic_ns()
+    without = ""
     try:
-        pid = _mrelease.start_child()
+        release = _kill_child(kill)
+        try:
+            with Reaper(1, spares=0) as reaper:
+                _kill_child(lambda pid: reaper.kill(pid).result())
+        except OSError as error:
+            without = f", without a Reaper: {error.strerror}"
     except OSError as error:
         status, why = _refusal(error)
         return Step("warm_up", status, f"no child could be made: {why}")
+    took = (monotonic_ns() - begun) / 1e6
+    why = (
+        f"a child was forked and killed in {took:.1f} ms ({release}){without}"
+    )
+    return Step("warm_up", "done", why, now=took)
+
+
+def _kill_child(kill: Callable[[int], Release]) -> str:
+    pid = _mrelease.start_child()
     try:
-        release = kill(pid)
-        str(release)
+        return str(kill(pid))
     finally:
         _mrelease.end_child(pid)
-    took = (monotonic_ns() - begun) / 1e6
-    why = f"a child was forked and killed in {took:.1f} ms ({release})"
-    return Step("warm_up", "done", why, now=took)
