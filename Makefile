@@ -27,7 +27,7 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
     -Wstrict-prototypes -Werror
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types analyze wheels bench-overhead vm clean
+.PHONY: help demo test storm lint format types analyze wheels bench-overhead vm clean
 .DELETE_ON_ERROR:
 # The Python that is run must be this tree's, whatever the shell has set.
 unexport PYTHONPATH PYTHONHOME
@@ -43,6 +43,9 @@ demo: $(VENV)/built ## show it: two starved processes killed, one with mrelease
 test: $(VENV)/built $(VENV)/group-test ## run the tests; ARGS=... for pytest
 	@echo "== pytest, in Python's development mode, warnings are errors"
 	@$(PY) -X dev -m pytest -W error $(ARGS)
+
+storm: $(VENV)/built ## 10,000 victims in 10 minutes; ARGS="--minutes 1 --seed 7"
+	@$(PY) tests/storm.py $(ARGS)
 
 lint: $(VENV)/group-lint ## check the form of Python and C
 	@echo "== ruff, clang-format"

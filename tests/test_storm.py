@@ -1,0 +1,30 @@
+"""A short storm: see storm.py, of which `make storm` runs the long one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mrelease
+
+STORM = Path(__file__).with_name("storm.py")
+
+
+def test_20_seconds_of_storm() -> None:
+    """In a process of its own: what it leaks and who it kills is counted."""
+    if not mrelease.support():
+        pytest.skip("no process_mrelease(2): there is nothing to release")
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", str(STORM),
+         "--minutes", "0.3", "--victims", "200"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
