@@ -272,10 +272,12 @@ class Process:
         return self.status().get("CoreDumping") == "1"
 
     def tids(self) -> list[int]:
+        """The leader's first: after the highest pid, low ones come again."""
         try:
-            return sorted(int(t) for t in os.listdir(f"/proc/{self.pid}/task"))
+            found = os.listdir(f"/proc/{self.pid}/task")
         except (FileNotFoundError, ProcessLookupError):
             return []
+        return sorted(map(int, found), key=lambda tid: (tid != self.pid, tid))
 
     def states(self) -> str:
         """The state letter of each thread, the leader's first."""
