@@ -22,12 +22,13 @@ PY := $(VENV)/bin/python
 C_FILES := $(wildcard src/*.c)
 H_FILES := $(wildcard src/*.h)
 TOOLS_C := $(wildcard tests/native/*.c bench/*.c)
-ALL_C := $(C_FILES) $(H_FILES) $(TOOLS_C)
+ALL_C := $(C_FILES) $(H_FILES) $(TOOLS_C) $(wildcard bench/*.h)
 WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
     -Wstrict-prototypes -Werror
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test storm lint format types analyze wheels bench-overhead vm clean
+.PHONY: help demo test storm lint format types analyze wheels vm clean \
+    bench-overhead bench-late bench-back bench-latency bench-many
 .DELETE_ON_ERROR:
 # The Python that is run must be this tree's, whatever the shell has set.
 unexport PYTHONPATH PYTHONHOME
@@ -115,6 +116,18 @@ wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
 
 bench-overhead: $(VENV)/built $(VENV)/group-bench ## what a call costs
 	@$(PY) bench/overhead.py $(ARGS)
+
+bench-late: $(VENV)/built ## how often a release comes too late (hours)
+	@$(PY) bench/late.py $(ARGS)
+
+bench-back: $(VENV)/built ## how long until the memory is back
+	@$(PY) bench/back.py $(ARGS)
+
+bench-latency: $(VENV)/built ## how soon SIGKILL leaves
+	@$(PY) bench/latency.py $(ARGS)
+
+bench-many: $(VENV)/built ## many victims at once
+	@$(PY) bench/many.py $(ARGS)
 
 vm: $(VENV)/built $(VENV)/group-test ## run tests on other kernels (QEMU)
 	@echo "== A kernel without the system call"

@@ -45,10 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Literal
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-
-import victims  # noqa: E402
+import common
+import victims
 
 AIM_CALL = 60e-9
 AIM_KILL = 10e-6
@@ -90,21 +88,6 @@ class Spread(NamedTuple):
         return cls.of([a - b for a, b in zip(these, those, strict=True)])
 
 
-def table(
-    title: str, head: Sequence[str], rows: Sequence[Sequence[str]]
-) -> None:
-    widths = [
-        max(len(row[i]) for row in (head, *rows)) for i in range(len(head))
-    ]
-    print(f"\n{title}")
-    for row in (head, ["-" * width for width in widths], *rows):
-        first, *others = zip(row, widths, strict=True)
-        cells = [first[0].ljust(first[1])]
-        cells += [text.rjust(width) for text, width in others]
-        print("  " + "  ".join(cells).rstrip())
-    sys.stdout.flush()
-
-
 def aim(value: float, limit: float, unit: float, name: str) -> str:
     answer = "yes" if value <= limit else "no"
     return f"at most {limit / unit:g} {name}: {answer}"
@@ -121,10 +104,10 @@ def build_loop(folder: str) -> Callable[[int, int, int], int]:
     )[0]
     if shutil.which(compiler) is None:
         compiler = "cc"
-    source = HERE / "overhead_loop.c"
+    source = common.HERE / "overhead_loop.c"
     subprocess.run(
         [compiler, "-std=c11", "-D_GNU_SOURCE", "-O2", "-fPIC", "-shared",
-         f"-I{HERE.parent / 'src'}", str(source), "-o", str(library)],
+         f"-I{common.HERE.parent / 'src'}", str(source), "-o", str(library)],
         check=True,
     )  # fmt: skip
     loop = ctypes.CDLL(str(library)).loop_ns
@@ -305,7 +288,7 @@ def _calls(
                 aim(over.median, AIM_CALL, 1e-9, "ns over")
                 if way == "mrelease" else "",
             ])  # fmt: skip
-    table(
+    common.table(
         f"1. The call, in ns: {rounds} rounds of {count} calls, one CPU",
         ("result", "through", "median", "+-", "p5", "over C", "+-", "p5s",
          "aim"),
@@ -403,7 +386,7 @@ def kills(rounds: int) -> None:
             f"{hot_one.percentile(5) * 1e6:.1f}",
             aim(found.median(), AIM_KILL, 1e-6, "us") if wanted else "",
         ])  # fmt: skip
-    table(
+    common.table(
         "2. From entering kill() to SIGKILL leaving, in us: "
         f"{rounds} kills each",
         ("victim", "given", "locks", "median", "+-", "p5", "p99", "again",
@@ -523,7 +506,7 @@ def imports(rounds: int) -> None:
             f"{min(wall[way, WITHIN]) * 1e3:.2f}",
             aim(over.median, AIM_IMPORT, 1e-3, "ms over"),
         ])  # fmt: skip
-    table(
+    common.table(
         f"3. import mrelease, in ms: {rounds} starts each",
         ("started as", "bare", "with it", "over", "+-", "over, CPU",
          "the import", "best", "aim"),

@@ -6,17 +6,9 @@
 
 #include <errno.h>
 #include <stdint.h>             /* int64_t */
-#include <time.h>               /* clock_gettime() */
 
+#include "clock.h"
 #include "syscalls.h"
-
-static int64_t
-now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
 
 /* Nanoseconds for so many calls, each of which must give this errno (0: it
  * succeeds); -1 if one does not.
