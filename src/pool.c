@@ -24,10 +24,17 @@
 
 /* How long a kill waits for the worker that was called ahead: to wake up, */
 #define ARRIVE (100 * US)
-/* and once it is there, to look at the locks.  Thousands of threads take some
- * milliseconds; a victim that holds its mmap_lock takes for ever.
+/* and once it is there, to look at the locks.  It takes some ten microseconds,
+ * and some two more for each thread; a victim that holds its mmap_lock takes
+ * for ever.
  */
-#define LOOK (10 * MS)
+#define LOOK MS
+#define LOOK_EACH (5 * US)
+
+/* A worker that has taken the kill upon itself may have lost its CPU: after so
+ * long it is sent by who asked for it, too.
+ */
+#define CLAIM (200 * US)
 
 /* Whoever waits for that much longer lets go of the CPU meanwhile. */
 #define SPIN (300 * US)
@@ -90,8 +97,8 @@ struct job {
     _Atomic uint32_t sent;
     int sender_cpu;
     bool called;                /* by its driver: a worker is ahead */
-    int kill_err;               /* by who claimed it, before `sent` */
-    int64_t kill_at;
+    _Atomic int64_t kill_at;    /* by the first who has sent it, */
+    int kill_err;               /* then this, and then `sent` */
 
     /* Under the lock of the pool. */
     bool submitted;
@@ -518,15 +525,21 @@ claim(struct job *job)
     return atomic_compare_exchange_strong(&job->sent, &expected, CLAIMED);
 }
 
-/* Send what was claimed.  Whoever waits for it looks up now and then. */
-static void
-send_kill(struct job *job)
+static int
+send_kill(const struct job *job)
 {
-    int64_t now = reap_now();
-    int rc = sys_pidfd_send_signal(job->reap.pidfd, SIGKILL);
-    job->kill_err = rc < 0 ? errno : 0;
-    job->kill_at = now;
-    atomic_store(&job->sent, rc < 0 ? NOT_ALLOWED : SENT);
+    return sys_pidfd_send_signal(job->reap.pidfd, SIGKILL) < 0 ? errno : 0;
+}
+
+/* SIGKILL was sent at this time, or failed. */
+static void
+note_kill(struct job *job, int err, int64_t at)
+{
+    int64_t never = 0;
+    if (atomic_compare_exchange_strong(&job->kill_at, &never, at)) {
+        job->kill_err = err;
+        atomic_store(&job->sent, err != 0 ? NOT_ALLOWED : SENT);
+    }
 }
 
 static void
@@ -576,8 +589,11 @@ work_ahead(struct worker *self, struct job *job, struct report *report)
     }
     if ((self->pool->alone || sched_getcpu() == job->sender_cpu) && claim(job))
     {
-        /* Who wants to send it cannot run beside us. */
-        send_kill(job);
+        /* Who wants to send it cannot run beside us.  It looks up now and
+         * then: there is no time to wake it.
+         */
+        int64_t now = reap_now();
+        note_kill(job, send_kill(job), now);
         release(job, report);
         announce(job, OUTSIDE);
         return;
@@ -701,6 +717,7 @@ await_ahead(const struct pool *pool, struct job *job)
     int64_t begun = reap_now();
     int64_t spin = pool->alone ? 0 : SPIN;
     int64_t arrive = pool->alone ? ALONE : ARRIVE;
+    int64_t there = LOOK + LOOK_EACH * job->reap.before.threads;
 
     for (;;) {
         uint32_t ahead = atomic_load(&job->ahead);
@@ -708,11 +725,12 @@ await_ahead(const struct pool *pool, struct job *job)
             return;
         }
         int64_t waited = reap_now() - begun;
-        if (waited > (ahead == NOBODY ? arrive : LOOK)) {
+        int64_t most = ahead == NOBODY ? arrive : there;
+        if (waited > most) {
             return;
         }
         if (waited >= spin) {
-            sys_futex_wait(&job->ahead, ahead, LOOK - waited);
+            sys_futex_wait(&job->ahead, ahead, most - waited);
         }
     }
 }
@@ -747,29 +765,33 @@ send_out(struct job *job)
     if (job->called) {
         await_ahead(job->pool, job);
     }
+    int64_t now = reap_now();
     if (claim(job)) {
-        send_kill(job);
+        note_kill(job, send_kill(job), now);
         if (job->called) {
             sys_futex_wake(&job->sent, INT_MAX);
+        }
+        return;
+    }
+    while (atomic_load(&job->sent) == CLAIMED) {
+        sys_futex_wait(&job->sent, CLAIMED, CLAIM);
+        now = reap_now();
+        /* Twice does no harm, and that it fails may mean that it was sent. */
+        if (atomic_load(&job->sent) == CLAIMED && send_kill(job) == 0) {
+            note_kill(job, 0, now);
         }
     }
 }
 
-/* SIGKILL was sent, or claimed by the worker: what comes next.  Returns what
- * reap_struck() does.
- */
+/* SIGKILL was sent: what comes next.  Returns what reap_struck() does. */
 static enum reap_progress
 follow_up(struct job *job)
 {
     struct pool *pool = job->pool;
-    uint32_t sent;
-
-    while ((sent = atomic_load(&job->sent)) == CLAIMED) {
-        sys_futex_wait(&job->sent, CLAIMED, MS);
-    }
     enum reap_progress progress =
-        reap_struck(&job->reap, job->kill_err, job->kill_at);
-    if (sent == SENT) {
+        reap_struck(&job->reap, job->kill_err, atomic_load(&job->kill_at));
+
+    if (job->kill_err == 0) {
         job->reap.releasing = true;
         lock(pool);
         job->raise_due = true;

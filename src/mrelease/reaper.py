@@ -247,9 +247,9 @@ class Reaper:
     Python, is in its loop of process_mrelease(2) before the signal is sent, so
     that the victim cannot put its memory out of reach first.  Waiting for that
     thread takes some tens of microseconds and is bounded: 0.1 ms for it to
-    wake up, 10 ms for its look at the robust locks.  If it is not there by
-    then, the kill goes out first; the locks are looked at all the same before
-    the release.
+    wake up, 1 ms for its look at the robust locks, and 5 microseconds more for
+    each thread of the victim.  If it is not there by then, the kill goes out
+    first; the locks are looked at all the same before the release.
 
     threads  how many release at the same time; by default one for each CPU
              that the caller may use, at most 16.  Where more victims are
