@@ -17,6 +17,7 @@
 #include <limits.h>             /* INT_MAX */
 #include <poll.h>               /* poll() */
 #include <stdbool.h>
+#include <sys/vfs.h>            /* fstatfs() */
 
 #include "child.h"
 #include "harden.h"
@@ -351,6 +352,61 @@ pidfd_state(PyObject *Py_UNUSED(module), PyObject *arg)
         return raise_errno(errno);
     }
     return PyUnicode_FromString(fd.revents & POLLIN ? "ended" : "running");
+}
+
+PyDoc_STRVAR(pidfd_signal_doc,
+"pidfd_signal($module, pidfd, signum, /)\n"
+"--\n"
+"\n"
+"Send a signal to the process of a pidfd: pidfd_send_signal(2), Linux 5.1.\n"
+"\n"
+"Not signal.pidfd_send_signal(), which a Python that was built on an old\n"
+"system lacks.  Raises OSError by errno.");
+
+static PyObject *
+pidfd_signal(PyObject *Py_UNUSED(module), PyObject *const *args,
+             Py_ssize_t nargs)
+{
+    if (nargs != 2) {
+        return PyErr_Format(PyExc_TypeError,
+                            "pidfd_signal expected 2 arguments, got %zd",
+                            nargs);
+    }
+    int pidfd = as_fd(args[0]);
+    if (pidfd == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    long long signum = as_number(args[1], "signum", 0, INT_MAX);
+    if (signum == -1) {
+        return NULL;
+    }
+    if (sys_pidfd_send_signal(pidfd, (int)signum) < 0) {
+        return raise_errno(errno);
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(file_system_doc,
+"file_system($module, fd, /)\n"
+"--\n"
+"\n"
+"What kind of file system a file is on: f_type of statfs(2).\n"
+"\n"
+"os.fstatvfs() does not tell.  Raises OSError by errno.");
+
+static PyObject *
+file_system(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    struct statfs found;
+    int fd = PyObject_AsFileDescriptor(arg);
+    if (fd == -1) {
+        return NULL;
+    }
+    if (fstatfs(fd, &found) < 0) {
+        return raise_errno(errno);
+    }
+    /* 32 bits, but its type is signed on some architectures. */
+    return PyLong_FromUnsignedLong((uint32_t)found.f_type);
 }
 
 static PyObject *
@@ -1208,6 +1264,9 @@ static PyMethodDef methods[] = {
     {"pidfd_open", pidfd_open, METH_O, pidfd_open_doc},
     {"pidfd_dup", pidfd_dup, METH_O, pidfd_dup_doc},
     {"pidfd_state", pidfd_state, METH_O, pidfd_state_doc},
+    {"pidfd_signal", (PyCFunction)(void (*)(void))pidfd_signal, METH_FASTCALL,
+     pidfd_signal_doc},
+    {"file_system", file_system, METH_O, file_system_doc},
     {"proc_is_ours", proc_is_ours, METH_NOARGS, proc_is_ours_doc},
     {"read_footprint", read_footprint, METH_O, read_footprint_doc},
     {"read_stat", read_stat, METH_O, read_stat_doc},

@@ -158,6 +158,17 @@ def refusal(pid: int, why: int) -> Exception:
     )
 
 
+def may_signal(pidfd: int, pid: int) -> None:
+    """Raise ProcessLookupError or PermissionError if it cannot be signalled.
+
+    With signal 0, which is never delivered.
+    """
+    try:
+        _mrelease.pidfd_signal(pidfd, 0)
+    except OSError as error:
+        raise refusal(pid, error.errno or 0) from None
+
+
 def kernel_thread(pid: int) -> ValueError:
     """Give the error for a process that is none."""
     return ValueError(

@@ -102,9 +102,14 @@ class Victim:
             if error.errno != EBADF:
                 raise
             raise ValueError(f"file descriptor {given} is not open") from None
+        return cls._of(own, _pid_of_pidfd(own, given))
+
+    @classmethod
+    def _of(cls, pidfd: _mrelease.Pidfd, pid: int) -> Self:
+        """Make a Victim of a pidfd, which is its own from now on."""
         self = cls.__new__(cls)
         self._pidfd = None
-        self._adopt(own, _pid_of_pidfd(own, given))
+        self._adopt(pidfd, pid)
         return self
 
     def _adopt(self, pidfd: _mrelease.Pidfd, pid: int) -> None:
