@@ -24,6 +24,7 @@ from mrelease.killing import kill, kill_many
 from mrelease.reaper import Reaper, Reaping
 from mrelease.release import Outcome, Release
 from mrelease.scheduling import Scheduling
+from mrelease.selection import kill_group, kill_tree
 from mrelease.support import Feature, Support, support
 from mrelease.victim import Victim
 
@@ -42,7 +43,9 @@ __all__ = [
     "Victim",
     "harden",
     "kill",
+    "kill_group",
     "kill_many",
+    "kill_tree",
     "process_mrelease",
     "support",
 ]
