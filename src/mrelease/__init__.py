@@ -18,6 +18,7 @@ if sys.platform != "linux":
     raise ImportError("mrelease requires Linux")
 
 from mrelease._mrelease import process_mrelease
+from mrelease.cgroup import CgroupRelease, kill_cgroup
 from mrelease.footprint import Footprint
 from mrelease.hardening import Hardening, harden
 from mrelease.killing import kill, kill_many
@@ -31,6 +32,7 @@ from mrelease.victim import Victim
 __version__ = "0.1.0"
 
 __all__ = [
+    "CgroupRelease",
     "Feature",
     "Footprint",
     "Hardening",
@@ -43,6 +45,7 @@ __all__ = [
     "Victim",
     "harden",
     "kill",
+    "kill_cgroup",
     "kill_group",
     "kill_many",
     "kill_tree",
