@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import families
 import victims
+from cgroups import Meter
+from families import Family
 from kernel_errors import ALLOW, Call, Do, answered
 from mrelease import Outcome, Release, cli
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from conftest import Unprivileged
 
@@ -36,7 +39,7 @@ codecs.lookup("ascii")
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "mrelease"]
 
 
-def mrelease(*args: str | int) -> subprocess.CompletedProcess[str]:
+def mrelease(*args: str | int | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *map(str, args)],
         stdin=subprocess.DEVNULL,
@@ -590,45 +593,45 @@ def start_in_grace(
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 )
-def test_interrupted_in_a_grace_the_begun_are_dead_the_others_left_alone(
+def test_interrupted_in_a_grace_all_are_killed_at_once(
     number: signal.Signals,
 ) -> None:
     with (
         victims.stopped(16) as first,
-        victims.asleep(1) as second,
-        start_in_grace(first, first.pid, second.pid) as started,
+        victims.asleep(1) as ended,
+        victims.stopped(1) as second,
+        start_in_grace(second, first.pid, ended.pid, second.pid) as started,
     ):
+        assert ended.ended(10)
         started.send_signal(number)
         out, err = started.communicate(timeout=30)
         assert started.returncode == 128 + number
-        assert first.ended(10)
-        assert first.wait() == -signal.SIGKILL
-        assert_untouched(second)
-    assert out == (
-        f"pid {first.pid} killed: interrupted, its memory is back\n"
+        assert first.wait() == second.wait() == -signal.SIGKILL
+    told = out.splitlines()
+    assert told[0] == (
+        f"pid {first.pid} killed: interrupted, its memory is back"
     )
-    assert err == (
-        f"mrelease: pid {second.pid} was left alone: interrupted before its "
-        "turn\n"
+    assert told[1].startswith(f"pid {ended.pid} exited: ")
+    assert told[2] == (
+        f"pid {second.pid} killed: interrupted, its memory is back"
     )
+    assert err == ""
 
 
 def test_interrupted_it_tells_in_json_too() -> None:
+    gone = victims.reaped_pid()
     with (
-        victims.stopped(16) as first,
-        victims.asleep(1) as second,
-        start_in_grace(first, "--json", first.pid, second.pid) as started,
+        victims.stopped(16) as victim,
+        start_in_grace(victim, "--json", victim.pid, gone) as started,
     ):
         started.send_signal(signal.SIGINT)
         out, err = started.communicate(timeout=30)
-        assert_untouched(second)
     assert started.returncode == 130
     assert err == ""
-    killed, left = map(json.loads, out.splitlines())
-    assert killed["pid"] == first.pid
+    killed, not_there = map(json.loads, out.splitlines())
+    assert killed["pid"] == victim.pid
     assert killed["error"].endswith("interrupted, its memory is back")
-    assert (left["pid"], left["outcome"]) == (second.pid, "alive")
-    assert left["error"].endswith("interrupted before its turn")
+    assert (not_there["pid"], not_there["outcome"]) == (gone, "gone")
 
 
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored() -> None:
@@ -669,6 +672,306 @@ def test_two_commands_at_once_on_the_same_victims() -> None:
         # They are zombies of ours, so they are never gone.
         assert [process.returncode for process in started] == [0, 0], told
         assert all(err == "" for _, err in told)
+
+
+# --------------------------------------------------- trees, groups, cgroups
+
+TREE = """
+for _ in range(3):
+    child() or rest()
+rest()
+"""
+
+
+def pids_of(text: str) -> list[int]:
+    return [int(line.split()[1]) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("option", ["--tree", "--group"])
+def test_a_tree_or_group_is_killed_and_told_line_by_line(option: str) -> None:
+    with (
+        Family(TREE, new_session=True) as one,
+        Family(TREE, new_session=True) as two,
+    ):
+        first, second = one.wait_for(4), two.wait_for(4)
+        done = mrelease("kill", option, two.pid, one.pid)
+        assert one.left() == two.left() == set()
+    assert done.returncode == 0, done
+    assert done.stderr == ""
+    told = pids_of(done.stdout)
+    assert set(told[:4]) == second
+    assert set(told[4:]) == first
+    if option == "--tree":
+        assert (told[0], told[4]) == (two.pid, one.pid)
+
+
+def test_a_cgroup_is_killed_and_told() -> None:
+    with Meter() as group, Family(TREE, groups=[group]) as family:
+        pids = family.wait_for(4)
+        done = mrelease("kill", "--cgroup", group.path)
+        assert family.left() == set()
+    assert done.returncode == 0, done
+    *lines, last = done.stdout.splitlines()
+    assert {int(line.split()[1]) for line in lines} == pids
+    assert last.startswith(f"cgroup {group.path} empty in ")
+    assert "4 processes, " in last
+
+
+def test_trees_in_json_are_a_document_a_victim() -> None:
+    gone = victims.reaped_pid()
+    with Family(TREE) as family:
+        pids = family.wait_for(4)
+        done = mrelease("kill", "--tree", "--json", family.pid, gone)
+    assert done.returncode == 3, done
+    *told, last = map(json.loads, done.stdout.splitlines())
+    assert {each["pid"] for each in told} == pids
+    assert list(told[0]) == list(Release(1, Outcome.GONE).as_dict())
+    assert (last["tree"], last["outcome"]) == (str(gone), "gone")
+    assert last["errno"] == "ESRCH"
+
+
+def test_a_cgroup_in_json_is_one_document() -> None:
+    with Meter() as group, Family(TREE, groups=[group]) as family:
+        pids = family.wait_for(4)
+        done = mrelease(
+            "kill", "--json", "--cgroup", group.path, group.path / "no"
+        )
+        assert family.left() == set()
+    assert done.returncode == 3, done
+    told, not_there = map(json.loads, done.stdout.splitlines())
+    assert told["freed"] is True
+    assert {each["pid"] for each in told["releases"]} == pids
+    assert told["before"] >= told["after"]
+    assert not_there["errno"] == "ENOENT"
+
+
+@pytest.mark.parametrize("option", ["--tree", "--group", "--cgroup"])
+def test_dry_run_lists_what_would_be_killed(option: str) -> None:
+    with (
+        Meter() as group,
+        Family(TREE, groups=[group], new_session=True) as family,
+    ):
+        pids = family.wait_for(4)
+        target = group.path if option == "--cgroup" else family.pid
+        done = mrelease("kill", "--dry-run", option, target)
+        assert family.pids() == pids
+        assert "T" not in families.states(pids)
+    assert done.returncode == 0, done
+    assert set(pids_of(done.stdout)) == pids
+    assert done.stdout.count("would get SIGKILL and be released") == 4
+
+
+WRONG = [
+    ("--tree", "0"),
+    ("--tree", "1"),
+    ("--tree", "abc"),
+    ("--group", "1"),
+    ("--group", "-1"),
+    ("--cgroup", "/tmp"),
+    ("--cgroup", "/proc/self"),
+]
+
+
+@pytest.mark.parametrize(("option", "bad"), WRONG)
+def test_what_must_not_be_killed_is_told_before_anything_is_signalled(
+    option: str, bad: str
+) -> None:
+    with (
+        Meter() as group,
+        Family(TREE, groups=[group], new_session=True) as family,
+    ):
+        pids = family.wait_for(4)
+        target = group.path if option == "--cgroup" else family.pid
+        done = mrelease("kill", option, target, bad)
+        assert family.pids() == pids
+        assert "T" not in families.states(pids)
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("usage: mrelease kill ")
+    assert "nothing was signalled" in done.stderr
+
+
+def test_the_tree_and_the_group_of_the_command_are_refused() -> None:
+    for option in ("--tree", "--group"):
+        done = subprocess.run(
+            ["/bin/sh", "-c", '"$@" "$$"', "sh", *COMMAND, "kill", option],
+            capture_output=True, text=True, start_new_session=True,
+        )  # fmt: skip
+        assert done.returncode == 2, done
+        assert "the caller is in it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--tree", "--group", "9"),
+        ("--tree", "--cgroup", "9"),
+        ("--cgroup", "--grace", "1", "/tmp"),
+        ("--tree",),
+    ],
+)
+def test_options_that_exclude_each_other(args: tuple[str, ...]) -> None:
+    assert mrelease("kill", *args).returncode == 2
+
+
+def test_no_such_group_exits_with_3_and_does_not_stop_the_others() -> None:
+    with Family(TREE, new_session=True) as family:
+        family.wait_for(4)
+        done = mrelease("kill", "--group", 2**22 + 1, family.pid)
+        assert family.left() == set()
+    assert done.returncode == 3, done
+    assert "it has no members" in done.stderr
+    assert len(done.stdout.splitlines()) == 4
+
+
+def test_a_tree_of_another_user_exits_with_4(
+    unprivileged: Unprivileged,
+) -> None:
+    with Family(TREE) as family:
+        pids = family.wait_for(4)
+        code, out, err = unprivileged(
+            in_process, ["kill", "--tree", family.pid]
+        )
+        assert family.pids() == pids
+    assert (code, out) == (4, "")
+    assert "belongs to another user" in err
+
+
+def test_interrupted_in_a_grace_a_tree_is_told_and_the_next_left_alone() -> (
+    None
+):
+    script = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{TREE}"
+    with Family(script) as family, victims.asleep(1) as other:
+        family.wait_for(4)
+        started = subprocess.Popen(
+            [*COMMAND, "kill", "--tree", "--grace", "600", str(family.pid),
+             str(other.pid)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with pytest.raises(subprocess.TimeoutExpired):
+            started.wait(1.5)
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate(timeout=30)
+        assert started.returncode == 130
+        assert family.left() == set()
+        assert_untouched(other)
+    assert out == ""
+    assert (
+        f"tree {family.pid} interrupted: 4 of the 4 processes that were found "
+        "have ended"
+    ) in err
+    assert f"tree {other.pid} was left alone" in err
+
+
+# ------------------------------------------------------------- the progress
+
+
+def on_terminal(
+    args: Sequence[str | int],
+    *,
+    term: str = "xterm",
+    interrupt: float | None = None,
+    stdout: int | None = None,
+) -> tuple[int, str]:
+    """Exit code and what came to the terminal."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, args)],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs if stdout is None else stdout,
+        stderr=theirs,
+        env=os.environ | {"TERM": term, "COLUMNS": "80"},
+    )
+    os.close(theirs)
+    text = b""
+    if interrupt is not None:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(interrupt)
+        process.send_signal(signal.SIGINT)
+    while True:
+        try:
+            part = os.read(ours, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        text += part
+    os.close(ours)
+    return process.wait(), text.decode()
+
+
+ERASE = "\r\x1b[K"
+
+
+@pytest.fixture
+def many() -> Iterator[list[str]]:
+    """More than a few that ignore SIGTERM."""
+    script = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + TREE.replace(
+        "3", "11"
+    )
+    with Family(script) as family:
+        pids = family.wait_for(12)
+        yield [str(pid) for pid in sorted(pids)]
+
+
+def test_progress_of_many_is_shown_on_a_terminal_and_erased(
+    many: list[str],
+) -> None:
+    code, text = on_terminal(["kill", "--grace", "1", *many])
+    assert code == 0, text
+    assert f"{ERASE}[" in text
+    assert "0/12 done, 0 B back" in text
+    drawn, _, lines = text.rpartition(ERASE)
+    assert "pid " not in drawn.rpartition("[")[2]
+    assert len(lines.split("\r\n")) >= 1
+    assert text.count("\r\npid ") + text.count(f"{ERASE}pid ") == 12
+
+
+def test_the_progress_of_a_tree(many: list[str]) -> None:
+    code, text = on_terminal(["kill", "--tree", "--grace", "1", many[0]])
+    assert code == 0, text
+    assert "/12 done, " in text
+    assert f"{ERASE}pid " in text
+
+
+def test_no_progress_where_it_is_not_for_eyes(many: list[str]) -> None:
+    code, text = on_terminal(["kill", "--grace", "0.3", *many], term="dumb")
+    assert code == 0
+    assert "\x1b" not in text
+
+
+def test_no_progress_beside_json_on_the_same_terminal(
+    many: list[str],
+) -> None:
+    code, text = on_terminal(["kill", "--json", "--grace", "0.3", *many])
+    assert code == 0
+    assert "\x1b" not in text
+
+
+def test_progress_beside_json_that_goes_elsewhere(many: list[str]) -> None:
+    with open(os.devnull, "w") as nowhere:
+        code, text = on_terminal(
+            ["kill", "--json", "--grace", "0.5", *many],
+            stdout=nowhere.fileno(),
+        )
+    assert code == 0
+    assert "/12 done" in text
+    assert text.endswith(ERASE)
+
+
+def test_no_progress_of_a_few(many: list[str]) -> None:
+    code, text = on_terminal(["kill", "--grace", "0.3", *many[:8]])
+    assert code == 0
+    assert "\x1b" not in text
+
+
+def test_interrupted_the_progress_is_erased(many: list[str]) -> None:
+    code, text = on_terminal(["kill", "--grace", "60", *many], interrupt=2.5)
+    assert code == 130
+    assert "/12 done" in text
+    assert "/12 done" not in text.rpartition(ERASE)[2]
+    assert text.count(" killed: interrupted, its memory is back") == 12
 
 
 # ------------------------------------------------------------- the rest
@@ -723,7 +1026,7 @@ EXIT_CODES = [
     "0  the memory of every victim is back",
     "1  killed, but the memory is not back, or not known to be",
     "2  wrong usage; nothing was signalled",
-    "3  there is no such process",
+    "3  there is no such process (process group, control group)",
     "4  permission denied, or the system cannot kill it safely",
 ]
 

@@ -1,11 +1,11 @@
 """The command: mrelease kill, mrelease support, mrelease demo.
 
-`mrelease kill` prints a line for each pid and exits with the highest of
+`mrelease kill` prints a line for each victim and exits with the highest of
 
     0  the memory of every victim is back
     1  killed, but the memory is not back, or not known to be
     2  wrong usage; nothing was signalled
-    3  there is no such process
+    3  there is no such process (process group, control group)
     4  permission denied, or the system cannot kill it safely
 
 and with 128 plus its number when a signal interrupted it (130: Ctrl-C).
@@ -23,12 +23,16 @@ import contextlib
 import os
 import signal
 import sys
-from errno import errorcode
+from errno import EPERM, ESRCH, errorcode
+from time import monotonic, sleep
 
 from mrelease import __version__, _mrelease
+from mrelease.cgroup import find_cgroup, kill_cgroup
 from mrelease.footprint import in_units
-from mrelease.protocol import Terms, refusal
+from mrelease.progress import Progress, WatchedReaper
+from mrelease.protocol import Terms, may_signal, refusal
 from mrelease.release import Outcome, Release
+from mrelease.selection import find_group, find_tree, kill_group, kill_tree
 from mrelease.support import Feature, support
 from mrelease.victim import Victim
 
@@ -36,27 +40,34 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import FrameType
-    from typing import TextIO
+    from typing import Literal, TextIO
+
+    from mrelease.cgroup import CgroupRelease
+    from mrelease.reaper import Reaping
+
+    _Locks = Literal["protect", "ignore"]
 
 _DESCRIPTION = """\
 Kill processes, and have their memory back at once: SIGKILL and
 process_mrelease(2) leave together, and what became of the memory is told."""
 
 _KILL_EPILOG = """\
-Every process is pinned by a pidfd before the first is killed.  Then they are
-killed one after the other, in the order given.  What cannot be killed is told
-on stderr and does not stop the others; but a pid that must never be killed
-(0, negative, 1, a kernel thread, a thread, this command itself) is wrong
-usage, and then nothing is signalled at all.
+Every process is pinned by a pidfd before the first is killed.  Then all are
+sent SIGKILL, the biggest first, and released in parallel; with --tree, --group
+and --cgroup, one tree or group after the other, each in parallel.  What cannot
+be killed is told on stderr and does not stop the others; but what must never
+be killed (pid 0, negative, 1, a kernel thread, a thread, this command itself,
+a tree or a group that it is in, a root cgroup) is wrong usage, and then
+nothing is signalled at all.
 
-exit code, the highest of all pids:
+exit code, the highest of all victims:
   0  the memory of every victim is back
   1  killed, but the memory is not back, or not known to be
   2  wrong usage; nothing was signalled
-  3  there is no such process
+  3  there is no such process (process group, control group)
   4  permission denied, or the system cannot kill it safely
-  128 + N  interrupted by signal N (130: Ctrl-C): the victim whose turn it was
-     is killed, those after it are left alone
+  128 + N  interrupted by signal N (130: Ctrl-C): what was begun is killed at
+     once, and the trees and groups whose turn had not come are left alone
 With --dry-run, 1 means that it would be killed, but not released."""
 
 _SUPPORT_EPILOG = """\
@@ -115,6 +126,18 @@ def _stoppable() -> Iterator[None]:
                 signal.signal(number, before[number])
 
 
+@contextlib.contextmanager
+def _not_now() -> Iterator[None]:
+    """Keep those signals back while the block runs."""
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _silence(stream: TextIO) -> None:
     """Send what is still to be written nowhere: its reader is gone."""
     with contextlib.suppress(OSError, ValueError):
@@ -132,7 +155,7 @@ def _tell(text: str, stream: TextIO) -> None:
 
 
 class _Told:
-    """What there is to say of one pid: a line, a document, an exit code."""
+    """What there is to say of one victim: a line, a document, a code."""
 
     def __init__(
         self,
@@ -177,22 +200,66 @@ def _told_of_release(release: Release) -> _Told:
     return _Told(code, str(release), release.as_dict())
 
 
-def _told_of_stop(victim: Victim, *, begun: bool, locks: str) -> _Told:
-    """Say what a signal to this command meant for a victim."""
+def _told_of_member(release: Release) -> _Told:
+    """Say what became of one of a tree or a group."""
+    if release.outcome is Outcome.GONE:
+        return _Told(0, str(release), release.as_dict())  # by itself
+    if release.outcome is Outcome.DENIED:
+        code = errorcode.get(release.errno or 0)
+        line = f"{release}: {code}" if code else str(release)
+        return _Told(4, line, release.as_dict(), error=True)
+    return _told_of_release(release)
+
+
+def _told_of_cgroup(result: CgroupRelease) -> _Told:
+    code = 0 if result.freed else 1
+    denied = any(r.outcome is Outcome.DENIED for r in result.releases)
+    if result.populated and denied:
+        code = 4
+    return _Told(code, str(result), result.as_dict())
+
+
+def _told_of_trouble(kind: str, target: str, error: OSError) -> _Told:
+    """Say why nothing was signalled of a tree or a group."""
+    gone = isinstance(error, (ProcessLookupError, FileNotFoundError))
+    line = error.strerror or str(error)
+    if error.filename is not None:
+        line = f"{line}: {error.filename}"
+    document: dict[str, object] = {
+        kind: target,
+        "outcome": (Outcome.GONE if gone else Outcome.DENIED).value,
+        "errno": errorcode.get(error.errno or 0),
+        "error": line,
+    }
+    return _Told(3 if gone else 4, line, document, error=True)
+
+
+def _told_of_stop(
+    victim: Victim, reaping: Reaping | None, locks: _Locks
+) -> _Told:
+    """Kill what is in its grace, and say so: this command was interrupted."""
     pid = victim.pid
-    if begun:
-        # It was sent SIGKILL, unless the signal came just before: ask.
-        release = victim.release(
-            timeout=0.5, locks="ignore" if locks == "ignore" else "protect"
-        )
-        if release.outcome is not Outcome.ALIVE:
-            back = "is back" if release.freed else "is not known to be back"
-            line = f"pid {pid} killed: interrupted, its memory {back}"
-            document = release.as_dict() | {"error": line}
-            return _Told(0, line, document)
-    line = f"pid {pid} was left alone: interrupted before its turn"
-    document = Release(pid, Outcome.ALIVE).as_dict() | {"error": line}
-    return _Told(0, line, document, error=True)
+    if reaping is not None and reaping.done():
+        return _told_of_one(victim, reaping.result())
+    if reaping is None:
+        # One by one: was its turn begun?
+        release = victim.release(timeout=0.5, locks=locks)
+    else:
+        try:
+            # It was sent SIGKILL, but in a grace SIGTERM only.
+            release = victim.kill(timeout=0.5, locks=locks)
+        except ProcessLookupError:
+            release = reaping.result()
+        except OSError as error:
+            return _told_of_error(pid, error)
+    if release.outcome is Outcome.ALIVE:
+        line = f"pid {pid} was left alone: interrupted before its turn"
+        document = Release(pid, Outcome.ALIVE).as_dict() | {"error": line}
+        return _Told(0, line, document, error=True)
+    back = "is back" if release.freed else "is not known to be back"
+    line = f"pid {pid} killed: interrupted, its memory {back}"
+    document = release.as_dict() | {"error": line}
+    return _Told(0, line, document)
 
 
 def _pin(pids: list[int]) -> Iterator[tuple[int, Victim | OSError]]:
@@ -205,11 +272,11 @@ def _pin(pids: list[int]) -> Iterator[tuple[int, Victim | OSError]]:
 
 
 def _allow_files(count: int) -> None:
-    """Each victim takes a file descriptor: raise the soft limit."""
+    """Each victim takes file descriptors: raise the soft limit."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 64
+    wanted = 4 * count + 64
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY:
             wanted = min(wanted, hard)
@@ -217,57 +284,277 @@ def _allow_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+_MANY = 16384
+"""How many may be in a tree or a group: file descriptors are had for them."""
+
+
 def _kill(args: argparse.Namespace) -> int:
     parser: argparse.ArgumentParser = args.parser
-    _allow_files(len(args.pid))
+    try:
+        Terms(args.grace, None, args.timeout, args.locks)
+        if args.kind == "cgroup":
+            if args.grace:
+                raise ValueError("--grace is not for --cgroup")
+            _allow_files(_MANY)
+            return _kill_each(args, list(dict.fromkeys(args.target)))
+        numbers = list(dict.fromkeys(map(_pid, args.target)))
+        if args.kind == "pid":
+            return _kill_pids(args, numbers)
+        _allow_files(_MANY)
+        return _kill_each(args, numbers)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        parser.error(f"{error}; nothing was signalled")
+
+
+def _reaper(stack: contextlib.ExitStack) -> WatchedReaper | None:
+    """Make a Reaper; None without the means (threads, file descriptors)."""
+    try:
+        reaper = WatchedReaper()
+    except OSError:
+        return None
+    stack.callback(reaper.close, 1.0)
+    return reaper
+
+
+def _progress(
+    args: argparse.Namespace, reaper: WatchedReaper | None
+) -> Progress:
+    # JSON on the same terminal is for eyes as well: leave it alone.
+    shown = not (args.json and Progress.on(sys.stdout))
+    return Progress(
+        reaper.reapings if reaper else [], sys.stderr if shown else None
+    )
+
+
+# ------------------------------------------------------------- plain pids
+
+
+def _kill_pids(args: argparse.Namespace, pids: list[int]) -> int:
+    _allow_files(len(pids))
     with contextlib.ExitStack() as stack:
+        # First: it cannot do without file descriptors, a kill can.
+        reaper = None if args.dry_run else _reaper(stack)
         pinned: list[tuple[int, Victim | OSError]] = []
-        try:
-            Terms(args.grace, None, args.timeout, args.locks)
-            for pid, victim in _pin(args.pid):
-                if isinstance(victim, Victim):
-                    stack.enter_context(victim)
-                pinned.append((pid, victim))
-        except ValueError as error:
-            parser.error(f"{error}; nothing was signalled")
+        for pid, victim in _pin(pids):
+            if isinstance(victim, Victim):
+                stack.enter_context(victim)
+            pinned.append((pid, victim))
         if args.dry_run:
             return _dry_run(args, pinned)
-        return _kill_pinned(args, pinned)
+        with _not_now():  # its thread keeps them back for good
+            progress = stack.enter_context(_progress(args, reaper))
+        return _kill_pinned(args, pinned, reaper, progress)
 
 
 def _kill_pinned(
-    args: argparse.Namespace, pinned: list[tuple[int, Victim | OSError]]
+    args: argparse.Namespace,
+    pinned: list[tuple[int, Victim | OSError]],
+    reaper: WatchedReaper | None,
+    progress: Progress,
 ) -> int:
     worst = 0
     left = list(pinned)
+    victims = [v for _, v in pinned if isinstance(v, Victim)]
+    reapings: dict[Victim, Reaping] = {}
+
     try:
+        if reaper is not None:
+            # If that has no file descriptors left: one by one.
+            with _not_now(), contextlib.suppress(OSError):
+                found = reaper.kill_many(
+                    victims,
+                    grace=args.grace,
+                    timeout=args.timeout,
+                    locks=args.locks,
+                )
+                reapings.update(zip(victims, found, strict=True))
         while left:
-            told = _kill_one(args, *left[0])
-            del left[0]
-            worst = max(worst, told.tell(as_json=args.json))
-    except Stopped as stop:
-        for turn, (pid, victim) in enumerate(left):
+            pid, victim = left[0]
             if isinstance(victim, OSError):
                 told = _told_of_error(pid, victim)
             else:
-                told = _told_of_stop(victim, begun=turn == 0, locks=args.locks)
-            told.tell(as_json=args.json)
+                told = _told_of_kill(args, victim, reapings.get(victim))
+            del left[0]
+            with progress.aside():
+                worst = max(worst, told.tell(as_json=args.json))
+    except Stopped as stop:
+        for pid, victim in left:
+            if isinstance(victim, OSError):
+                told = _told_of_error(pid, victim)
+            else:
+                told = _told_of_stop(victim, reapings.get(victim), args.locks)
+            with progress.aside():
+                told.tell(as_json=args.json)
         return stop.code
     return worst
 
 
-def _kill_one(
-    args: argparse.Namespace, pid: int, victim: Victim | OSError
+def _told_of_kill(
+    args: argparse.Namespace, victim: Victim, reaping: Reaping | None
 ) -> _Told:
-    if isinstance(victim, OSError):
-        return _told_of_error(pid, victim)
+    if reaping is not None:
+        return _told_of_one(victim, reaping.result())
     try:
         release = victim.kill(
             grace=args.grace, timeout=args.timeout, locks=args.locks
         )
     except OSError as error:
-        return _told_of_error(pid, error)
+        return _told_of_error(victim.pid, error)
     return _told_of_release(release)
+
+
+def _told_of_one(victim: Victim, release: Release) -> _Told:
+    """Say what became of a victim that was named by its pid."""
+    if release.outcome not in (Outcome.GONE, Outcome.DENIED):
+        return _told_of_release(release)
+    why = release.errno or (
+        ESRCH if release.outcome is Outcome.GONE else EPERM
+    )
+    error = refusal(victim.pid, why)
+    assert isinstance(error, OSError)
+    return _told_of_error(victim.pid, error)
+
+
+# ------------------------------------------------------- trees and groups
+
+
+def _find(args: argparse.Namespace, target: int | str) -> list[Victim]:
+    """Pin what would be killed; who calls closes it.
+
+    Raises what the kill would raise.
+    """
+    if isinstance(target, str):
+        killing = find_cgroup(target, monotonic(), args.timeout, args.locks)
+        with contextlib.closing(killing):
+            return [Victim(victim) for victim in killing.victims]
+    found = (
+        find_tree(target, 1.0) if args.kind == "tree" else find_group(target)
+    )
+    with contextlib.closing(found):
+        return [Victim(victim) for victim in found.victims]
+
+
+def _kill_each(args: argparse.Namespace, targets: Sequence[int | str]) -> int:
+    """Kill trees, process groups or control groups, one after the other."""
+    worst = 0
+    with contextlib.ExitStack() as stack:
+        ready: list[tuple[int | str, list[Victim] | OSError]] = []
+        for target in targets:
+            # All of them: what is wrong usage must come before any signal.
+            try:
+                found = _find(args, target)
+            except OSError as error:
+                ready.append((target, error))
+                continue
+            for victim in found:
+                stack.enter_context(victim)
+            ready.append((target, found))
+        if args.dry_run:
+            return _dry_run_each(args, ready)
+        reaper = _reaper(stack)
+        with _not_now():
+            progress = stack.enter_context(_progress(args, reaper))
+        for turn, (target, victims) in enumerate(ready):
+            try:
+                if isinstance(victims, OSError):
+                    raise victims
+                told = _kill_one(args, target, victims, reaper)
+            except OSError as error:
+                told = [_told_of_trouble(args.kind, str(target), error)]
+            except Stopped as stop:
+                if reaper is not None:
+                    reaper.close(0)  # cuts the graces short
+                with progress.aside():
+                    _tell_of_stop(args, ready[turn:])
+                return stop.code
+            with progress.aside():
+                codes = [each.tell(as_json=args.json) for each in told]
+            worst = max(worst, *codes)
+    return worst
+
+
+def _kill_one(
+    args: argparse.Namespace,
+    target: int | str,
+    victims: list[Victim],
+    reaper: WatchedReaper | None,
+) -> list[_Told]:
+    if isinstance(target, str):
+        result = kill_cgroup(
+            target, timeout=args.timeout, locks=args.locks, reaper=reaper
+        )
+        told = (
+            []
+            if args.json
+            else [_told_of_member(each) for each in result.releases]
+        )
+        return [*told, _told_of_cgroup(result)]
+    if args.kind == "tree":
+        releases = kill_tree(
+            victims[0],  # the root, as it was found
+            grace=args.grace,
+            timeout=args.timeout,
+            locks=args.locks,
+            reaper=reaper,
+        )
+    else:
+        releases = kill_group(
+            target,
+            grace=args.grace,
+            timeout=args.timeout,
+            locks=args.locks,
+            reaper=reaper,
+        )
+    return [_told_of_member(release) for release in releases]
+
+
+def _count_ended(victims: list[Victim], seconds: float = 0.5) -> int:
+    """Count those that have ended; give them a moment to do so."""
+    limit = monotonic() + seconds
+    while not all(victim.exited for victim in victims):
+        if monotonic() > limit:
+            break
+        sleep(0.001)
+    return sum(victim.exited for victim in victims)
+
+
+def _tell_of_stop(
+    args: argparse.Namespace,
+    left: list[tuple[int | str, list[Victim] | OSError]],
+) -> None:
+    """Say what a signal to this command meant for trees and groups."""
+    for turn, (target, found) in enumerate(left):
+        name = f"{args.kind} {target}"
+        if isinstance(found, OSError):
+            told = _told_of_trouble(args.kind, str(target), found)
+        else:
+            line = f"{name} was left alone: interrupted before its turn"
+            if turn == 0:
+                line = (
+                    f"{name} interrupted: {_count_ended(found)} of the "
+                    f"{len(found)} processes that were found have ended"
+                )
+            document: dict[str, object] = {args.kind: target, "error": line}
+            told = _Told(0, line, document, error=True)
+        told.tell(as_json=args.json)
+
+
+def _dry_run_each(
+    args: argparse.Namespace,
+    ready: list[tuple[int | str, list[Victim] | OSError]],
+) -> int:
+    worst = 0
+    for target, found in ready:
+        if isinstance(found, OSError):
+            told = _told_of_trouble(args.kind, str(target), found)
+            told.document["dry_run"] = True
+            worst = max(worst, told.tell(as_json=args.json))
+        else:
+            pinned: list[tuple[int, Victim | OSError]] = [
+                (victim.pid, victim) for victim in found
+            ]
+            worst = max(worst, _dry_run(args, pinned))
+    return worst
 
 
 # --------------------------------------------------------------- dry run
@@ -294,26 +581,10 @@ def _dry_run(
     return worst
 
 
-def _may_signal(victim: Victim) -> None:
-    """Raise ProcessLookupError or PermissionError if it cannot be signalled.
-
-    With signal 0, which is never delivered.
-    """
-    try:
-        if hasattr(signal, "pidfd_send_signal"):
-            signal.pidfd_send_signal(victim.fileno(), 0)
-        else:
-            # A Python built on an old system.  The pid is the victim's as
-            # long as that was not waited for.
-            os.kill(victim.pid, 0)
-    except OSError as error:
-        raise refusal(victim.pid, error.errno or 0) from None
-
-
 def _foresee(args: argparse.Namespace, victim: Victim, call: Feature) -> _Told:
     """Check all that a kill checks, and say what it would do."""
     pid = victim.pid
-    _may_signal(victim)
+    may_signal(victim.fileno(), pid)
     try:
         footprint = victim.footprint()
     except ProcessLookupError:
@@ -324,7 +595,7 @@ def _foresee(args: argparse.Namespace, victim: Victim, call: Feature) -> _Told:
         locks = "ignored"
     else:
         locks = _mrelease.look_at_locks(pid)
-        _may_signal(victim)  # was it still the victim that was looked at?
+        may_signal(victim.fileno(), pid)  # was it still the victim?
 
     size = in_units(footprint.releasable) if footprint else "unknown size"
     sent = (
@@ -423,8 +694,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     kill.add_argument(
-        "pid", metavar="PID", type=_pid, nargs="+", help="a process"
+        "target",
+        metavar="PID",
+        nargs="+",
+        help="a process; with the options below, a tree, a group, a path",
     )
+    kinds = kill.add_mutually_exclusive_group()
+    for kind, text in (
+        ("tree", "each PID with all its descendants, late forks too"),
+        ("group", "each PID is the number of a process group"),
+        ("cgroup", "each PID is the path of a control group"),
+    ):
+        kinds.add_argument(
+            f"--{kind}",
+            action="store_const",
+            dest="kind",
+            const=kind,
+            default="pid",
+            help=text,
+        )
     kill.add_argument(
         "--grace",
         metavar="S",
@@ -457,7 +745,8 @@ def _parser() -> argparse.ArgumentParser:
     kill.add_argument(
         "--json",
         action="store_true",
-        help="a JSON document for each pid, one a line, on stdout, errors too",
+        help="a JSON document for each victim (of --cgroup, for each cgroup), "
+        "one a line, on stdout, errors too",
     )
     kill.set_defaults(run=_kill, parser=kill)
 
