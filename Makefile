@@ -14,8 +14,9 @@ WHEEL_ENVS := $(WHEEL_PYTHONS:%=build/python-%)
 # tests for that, and one after, with what is best shown on a machine of one's
 # own: a core dump into a pipe, cgroup v2, all capabilities.
 VM_OLD := bullseye tests/test_without_the_call.py
-VM_NEW := trixie tests/test_hardening.py tests/test_kernel_results.py \
-    tests/test_memory_goes.py tests/test_rights.py tests/test_support.py
+VM_NEW := trixie tests/test_cgroup.py tests/test_hardening.py \
+    tests/test_kernel_results.py tests/test_memory_goes.py \
+    tests/test_rights.py tests/test_support.py
 
 VENV := .venv
 PY := $(VENV)/bin/python
