@@ -930,9 +930,6 @@ carry_on(struct job *job, enum reap_progress progress)
         switch (progress) {
         case REAP_WAIT:
             wake_at(pool, job, job->reap.wake_at);
-            if (job->raise_due) {
-                attend(pool, job);
-            }
             break;
         case REAP_RELEASE:
             job->reap.releasing = true;
@@ -947,6 +944,9 @@ carry_on(struct job *job, enum reap_progress progress)
         }
         if (atomic_load(&job->done) || !job->news) {
             job->driven = false;
+            if (job->raise_due) {
+                attend(pool, job);      /* now it may drive it */
+            }
             unlock(pool);
             return;
         }

@@ -365,15 +365,15 @@ release(struct reap *reap)
     note_attempt(reap, rc < 0 ? errno : 0, reap_now());
 }
 
-/* Is a core dump being written?  It may be long, and it is not teardown. */
+/* Is a core dump being written?  It may be long, and it is not teardown.  As
+ * it was before the signal: whoever reads the status of a dying process may
+ * come to be the last user of its memory, and then tears it down.
+ */
 static bool
 is_dumping(const struct reap *reap)
 {
-    struct procfs_status status;
-    if (reap->attempts > 0) {
-        return reap->outcome == REAP_DUMPING;
-    }
-    return procfs_read_status(reap->pid, &status) == 0 && status.dumping;
+    return reap->attempts > 0 ? reap->outcome == REAP_DUMPING
+                              : reap->has_footprint && reap->before.dumping;
 }
 
 void
