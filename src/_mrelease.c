@@ -507,7 +507,7 @@ look_at_locks(PyObject *Py_UNUSED(module), PyObject *arg)
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    locks = locks_look((pid_t)pid, 0, &no_fd);
+    locks = locks_look((pid_t)pid, false, &no_fd);
     Py_END_ALLOW_THREADS
     return PyUnicode_FromString(lock_names[locks]);
 }

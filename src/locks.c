@@ -108,47 +108,75 @@ add_thread(struct batch *batch, pid_t tid, bool *registered)
     return LOCKS_FREE;
 }
 
+/* The kernel's walk through the threads may pass over some while others end.
+ * So often is it made again, at most: their number falls each time.
+ */
+#define WALKS 64
+
+/* Once through the list of threads; `seen` is how many there were. */
+static enum locks
+walk(struct procfs_tasks *tasks, struct batch *batch, bool *registered,
+     int *seen)
+{
+    enum locks found = LOCKS_FREE;
+    pid_t tid = 0;
+
+    *seen = 0;
+    while (found != LOCKS_HELD && (tid = procfs_tasks_next(tasks)) > 0) {
+        ++*seen;
+        found = worse(found, add_thread(batch, tid, registered));
+        if (batch->count == BATCH) {
+            found = worse(found, look_at_batch(batch));
+        }
+    }
+    if (found != LOCKS_HELD && batch->count > 0) {
+        found = worse(found, look_at_batch(batch));
+    }
+    return tid < 0 ? worse(found, LOCKS_UNKNOWN) : found;
+}
+
 /* The threads of /proc/PID/task. */
 static enum locks
-look_at_threads(pid_t pid, int threads, struct batch *batch, bool *registered,
-                bool *no_fd)
+look_at_threads(pid_t pid, struct batch *batch, bool *registered, bool *no_fd)
 {
     struct procfs_tasks tasks;
-    enum locks found = LOCKS_FREE;
-    int seen = 0;
-    pid_t tid = 0;
+    enum locks found = LOCKS_UNKNOWN;
 
     int err = procfs_tasks_open(&tasks, pid);
     if (err != 0) {
         *no_fd = err == EMFILE || err == ENFILE;
         /* The leader may still be known to hold one. */
         add_thread(batch, pid, registered);
-        return LOCKS_UNKNOWN;
+        return worse(LOCKS_UNKNOWN, look_at_batch(batch));
     }
-    while (found != LOCKS_HELD && (tid = procfs_tasks_next(&tasks)) > 0) {
-        seen++;
-        found = worse(found, add_thread(batch, tid, registered));
-        if (batch->count == BATCH) {
-            found = worse(found, look_at_batch(batch));
+    for (int i = 0; i < WALKS; i++) {
+        int seen;
+        int threads = procfs_tasks_count(&tasks);
+        found = walk(&tasks, batch, registered, &seen);
+        if (found == LOCKS_HELD || seen >= threads) {
+            break;
         }
+        found = LOCKS_UNKNOWN;
+        procfs_tasks_rewind(&tasks);
     }
     procfs_tasks_close(&tasks);
-    /* The kernel's walk may pass over threads while others end. */
-    return tid < 0 || seen < threads ? worse(found, LOCKS_UNKNOWN) : found;
+    return found;
 }
 
 enum locks
-locks_look(pid_t pid, int threads, bool *no_fd)
+locks_look(pid_t pid, bool single, bool *no_fd)
 {
     struct batch batch = {.count = 0};
     bool registered = false;
 
     *no_fd = false;
-    enum locks found = threads == 1 ? add_thread(&batch, pid, &registered)
-                                    : look_at_threads(pid, threads, &batch,
-                                                      &registered, no_fd);
-    if (found != LOCKS_HELD && batch.count > 0) {
+    enum locks found;
+    if (single) {
+        found = add_thread(&batch, pid, &registered);
         found = worse(found, look_at_batch(&batch));
+    }
+    else {
+        found = look_at_threads(pid, &batch, &registered, no_fd);
     }
     /* get_robust_list() shows lists of the caller's own word size only. */
     if (found == LOCKS_FREE && !registered && !procfs_has_our_words(pid)) {

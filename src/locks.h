@@ -19,8 +19,11 @@ enum locks {
     LOCKS_HELD,
 };
 
-/* Look at every thread of `pid`, which has `threads` of them (0: not known).
- * `no_fd` is set if it is not known for want of a file descriptor.
+/* Look at every thread of `pid`; `single`: it has only the one.  `no_fd` is set
+ * if it is not known for want of a file descriptor.
+ *
+ * A dying process may be looked at, too: a thread that has ended has handed on
+ * its locks, and those that have not still show them.
  *
  * Needs the right to trace the process (ptrace(2), PTRACE_MODE_ATTACH).  It
  * reads three words a thread from the victim's memory, for which the kernel
@@ -28,6 +31,6 @@ enum locks {
  * victim that holds that lock for writing.
  */
 enum locks
-locks_look(pid_t pid, int threads, bool *no_fd);
+locks_look(pid_t pid, bool single, bool *no_fd);
 
 #endif /* MRELEASE_LOCKS_H */

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>              /* F_DUPFD_CLOEXEC */
+#include <linux/kcmp.h>         /* KCMP_FILE */
 #include <limits.h>             /* INT_MAX */
 #include <poll.h>               /* POLLIN */
 #include <pthread.h>
@@ -12,12 +13,17 @@
 #include <string.h>             /* memset() */
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>           /* fstat() */
 #include <time.h>               /* struct timespec */
 #include <unistd.h>             /* sysconf() */
 
 #include "locks.h"
 #include "procfs.h"
 #include "syscalls.h"
+
+#ifndef F_DUPFD_QUERY
+#  define F_DUPFD_QUERY 1027    /* Linux 6.10 */
+#endif
 
 #define US INT64_C(1000)
 #define MS INT64_C(1000000)
@@ -89,7 +95,8 @@ struct job {
 
     /* The protocol.  It is its driver's: see drive(). */
     struct reap reap;
-    int escalate_asked;
+    int escalate_fd;            /* a duplicate */
+    int escalate_asked;         /* of this one */
     int64_t entered;
 
     /* The handshake between who kills and who is called ahead. */
@@ -108,7 +115,7 @@ struct job {
     bool attending;
     bool queued;
     bool raise_due;
-    bool hurry;
+    bool cut;                   /* its grace is over */
     short heard;
     struct report report;
     int64_t wake_at;
@@ -209,7 +216,7 @@ static void
 close_fds(struct job *job)
 {
     reap_finish(&job->reap);
-    close_fd(job->reap.escalate_fd);
+    close_fd(job->escalate_fd);
     close_fd(job->reap.pidfd);
 }
 
@@ -248,10 +255,11 @@ open_fds(struct job *job, const struct reap *asked)
     }
     if (asked->grace > 0 && asked->escalate_fd >= 0) {
         job->escalate_asked = asked->escalate_fd;
-        job->reap.escalate_fd = fcntl(asked->escalate_fd, F_DUPFD_CLOEXEC, 0);
-        if (job->reap.escalate_fd < 0) {
+        job->escalate_fd = fcntl(asked->escalate_fd, F_DUPFD_CLOEXEC, 0);
+        if (job->escalate_fd < 0) {
             return errno;
         }
+        job->reap.escalate_fd = job->escalate_fd;
     }
     return 0;
 }
@@ -266,6 +274,7 @@ job_make(const struct reap *asked, struct job **made)
     job->reap = *asked;
     job->reap.pidfd = -1;
     job->reap.escalate_fd = -1;
+    job->escalate_fd = -1;
     job->escalate_asked = -1;
     job->wake_at = INT64_MAX;
     atomic_init(&job->refs, 1);
@@ -493,27 +502,24 @@ dispatch(struct pool *pool)
 static void
 look(struct worker *self, struct job *job, struct report *report)
 {
-    pid_t pid = job->reap.pid;
+    const struct reap *reap = &job->reap;
     bool no_fd;
-    uint32_t sent;
 
     if (!job->reap.protect || report->looked) {
         return;
     }
-    do {
-        /* Once the signal is out, threads end while we look. */
-        sent = atomic_load(&job->sent);
-        int threads = sent == NOT_SENT && job->reap.has_footprint
-                          ? job->reap.before.threads
-                          : 0;
-        report->locks = locks_look(pid, threads, &no_fd);
-        if (no_fd && self->spare_fd >= 0) {
-            close(self->spare_fd);
-            report->locks = locks_look(pid, threads, &no_fd);
-            self->spare_fd = fcntl(self->pool->wake_fd, F_DUPFD_CLOEXEC, 0);
-        }
-    } while (report->locks == LOCKS_UNKNOWN && sent == NOT_SENT &&
-             atomic_load(&job->sent) != NOT_SENT);
+    bool single = reap->has_footprint && reap->before.threads == 1;
+    report->locks = locks_look(reap->pid, single, &no_fd);
+    if (no_fd && self->spare_fd >= 0) {
+        close(self->spare_fd);
+        report->locks = locks_look(reap->pid, single, &no_fd);
+        self->spare_fd = fcntl(self->pool->wake_fd, F_DUPFD_CLOEXEC, 0);
+    }
+    if (report->locks == LOCKS_HELD &&
+        sys_pidfd_send_signal(reap->pidfd, 0) < 0 && errno == ESRCH)
+    {
+        report->locks = LOCKS_UNKNOWN;  /* it may have been a stranger */
+    }
     report->looked = true;
 }
 
@@ -849,11 +855,13 @@ take_news(struct pool *pool, struct job *job)
     struct report report = job->report;
     bool reported = job->reported;
     short heard = job->heard;
+    bool cut = job->cut;
     bool raise = job->raise_due && is_watcher(pool);
 
     job->news = false;
     job->reported = false;
     job->heard = 0;
+    job->cut = false;
     if (raise) {
         job->raise_due = false;
     }
@@ -871,6 +879,9 @@ take_news(struct pool *pool, struct job *job)
     }
     if (heard != 0) {
         reap_heard(reap, heard);
+    }
+    if (cut) {
+        reap_heard(reap, POLLIN);
     }
     if (raise) {
         reap_raise(reap);
@@ -1005,13 +1016,12 @@ watch_fd(struct pool *pool, int fd, uint32_t events, void *what)
 static int
 watch_job(struct pool *pool, struct job *job)
 {
-    struct reap *reap = &job->reap;
-    int err = watch_fd(pool, reap->pidfd, EPOLLIN | EPOLLONESHOT, job);
-    if (err != 0 || reap->escalate_fd < 0) {
+    int err = watch_fd(pool, job->reap.pidfd, EPOLLIN | EPOLLONESHOT, job);
+    if (err != 0 || job->escalate_fd < 0) {
         return err;
     }
-    uint32_t events = (uint32_t)reap_news_of(reap->escalate_fd);
-    err = watch_fd(pool, reap->escalate_fd, events | EPOLLONESHOT,
+    uint32_t events = (uint32_t)reap_news_of(job->escalate_fd);
+    err = watch_fd(pool, job->escalate_fd, events | EPOLLONESHOT,
                    (void *)((uintptr_t)job | ESCALATES));
     /* EPERM: a plain file, which has no news, ever. */
     return err == EPERM ? 0 : err;
@@ -1092,8 +1102,8 @@ bury(struct pool *pool, struct job *job)
 {
     /* A duplicate of the fd may live on, and with it the registration. */
     epoll_ctl(pool->epoll, EPOLL_CTL_DEL, job->reap.pidfd, NULL);
-    if (job->reap.escalate_fd >= 0) {
-        epoll_ctl(pool->epoll, EPOLL_CTL_DEL, job->reap.escalate_fd, NULL);
+    if (job->escalate_fd >= 0) {
+        epoll_ctl(pool->epoll, EPOLL_CTL_DEL, job->escalate_fd, NULL);
     }
     if (job->next != NULL) {
         job->next->previous = job->previous;
@@ -1127,6 +1137,30 @@ attend_all(struct pool *pool)
     }
 }
 
+/* Do both wait for the same open file of the kernel's? */
+static bool
+is_same_trigger(const struct job *a, const struct job *b)
+{
+    struct stat of_a;
+    struct stat of_b;
+
+    if (a->escalate_fd < 0 || b->escalate_fd < 0 ||
+        fstat(a->escalate_fd, &of_a) != 0 ||
+        fstat(b->escalate_fd, &of_b) != 0 || !S_ISREG(of_a.st_mode) ||
+        of_a.st_dev != of_b.st_dev || of_a.st_ino != of_b.st_ino)
+    {
+        return false;
+    }
+    int same = fcntl(a->escalate_fd, F_DUPFD_QUERY, b->escalate_fd);
+    if (same < 0) {             /* before Linux 6.10 */
+        pid_t pid = getpid();
+        long order = syscall(SYS_kcmp, pid, pid, KCMP_FILE, a->escalate_fd,
+                             b->escalate_fd);
+        same = order < 0 ? a->escalate_asked == b->escalate_asked : order == 0;
+    }
+    return same != 0;
+}
+
 static void
 hear(struct pool *pool, struct epoll_event *event)
 {
@@ -1151,7 +1185,7 @@ hear(struct pool *pool, struct epoll_event *event)
     }
     /* A pressure trigger tells of its news once.  It is meant for all. */
     for (struct job *each = pool->jobs; each != NULL; each = each->next) {
-        if (each->escalate_asked == job->escalate_asked) {
+        if (each == job || is_same_trigger(each, job)) {
             each->heard |= events;
             attend(pool, each);
         }
@@ -1413,29 +1447,31 @@ start_all(struct pool *pool)
     return err != 0 ? err : pool->err;
 }
 
+/* Of two who close the pool at once, one does it. */
+static void
+part_with(struct pool *pool, pthread_t thread, bool *made, const bool *exited)
+{
+    lock(pool);
+    bool is_ours = *made;
+    bool ended = *exited;
+    *made = false;
+    unlock(pool);
+    if (is_ours && ended) {
+        pthread_join(thread, NULL);
+    }
+    else if (is_ours) {
+        pthread_detach(thread);
+    }
+}
+
 /* Join those that have ended; the others end by themselves, or never. */
 static void
 part_with_threads(struct pool *pool)
 {
-    lock(pool);
-    bool ended = pool->watcher_exited;
-    unlock(pool);
-    if (pool->watcher_made) {
-        pool->watcher_made = false;
-        (ended ? pthread_join(pool->watcher, NULL)
-               : pthread_detach(pool->watcher));
-    }
+    part_with(pool, pool->watcher, &pool->watcher_made, &pool->watcher_exited);
     for (int i = 0; i < pool->count; i++) {
         struct worker *worker = &pool->workers[i];
-        if (!worker->made) {
-            continue;
-        }
-        worker->made = false;
-        lock(pool);
-        ended = worker->exited;
-        unlock(pool);
-        (ended ? pthread_join(worker->thread, NULL)
-               : pthread_detach(worker->thread));
+        part_with(pool, worker->thread, &worker->made, &worker->exited);
     }
 }
 
@@ -1529,7 +1565,7 @@ cut_graces(struct pool *pool)
 {
     for (struct job *job = pool->jobs; job != NULL; job = job->next) {
         if (!atomic_load(&job->done) && atomic_load(&job->sent) == NOT_SENT) {
-            job->heard |= POLLIN;
+            job->cut = true;
             attend(pool, job);
         }
     }
@@ -1574,20 +1610,39 @@ pool_hurry(struct pool *pool)
     unlock(pool);
 }
 
-/* Threads that have not ended, but for those that are stuck with a job that
- * is done.  With the lock held.
- */
+/* Workers that are stuck with a job that is done.  With the lock held. */
 static int
-count_awaited(const struct pool *pool)
+count_lost(const struct pool *pool)
 {
-    int count = pool->live;
+    int count = 0;
     for (int i = 0; i < pool->count; i++) {
         const struct worker *worker = &pool->workers[i];
-        count -= worker->job != NULL && !worker->exited &&
+        count += worker->job != NULL && !worker->exited &&
                  atomic_load(&worker->job->done) &&
                  worker->since < reap_now() - STUCK;
     }
     return count;
+}
+
+/* Is there nothing left to wait for?  With the lock held. */
+static bool
+is_closed(struct pool *pool)
+{
+    int lost = count_lost(pool);
+
+    if (pool->unfinished > 0) {
+        return false;
+    }
+    if (lost == pool->count && pool->queue != NULL) {
+        /* These were killed and their results are told; nobody is left who
+         * could release them.
+         */
+        while (pool->queue != NULL) {
+            unuse(queue_pop(pool));
+        }
+        wake_all(pool);
+    }
+    return pool->live == lost;
 }
 
 bool
@@ -1601,12 +1656,12 @@ pool_close(struct pool *pool, int64_t deadline, bool cut)
     if (is_over(pool)) {
         wake_all(pool);
     }
-    while (in_time && (pool->unfinished > 0 || count_awaited(pool) > 0)) {
+    while (in_time && !is_closed(pool)) {
         int64_t soon = reap_now() + STUCK;
         wait_for_change(pool, soon < deadline ? soon : deadline);
         in_time = reap_now() < deadline;
     }
-    in_time = pool->unfinished == 0 && count_awaited(pool) == 0;
+    in_time = is_closed(pool);
     if (!in_time && cut) {
         cut_graces(pool);
     }

@@ -330,6 +330,24 @@ procfs_tasks_open(struct procfs_tasks *tasks, pid_t pid)
     return tasks->fd < 0 ? errno : 0;
 }
 
+int
+procfs_tasks_count(const struct procfs_tasks *tasks)
+{
+    struct stat found;
+    /* Each thread is a folder, and a folder has two links more than it has
+     * folders (proc_task_getattr() in fs/proc/base.c).
+     */
+    return fstat(tasks->fd, &found) == 0 ? (int)found.st_nlink - 2 : -1;
+}
+
+void
+procfs_tasks_rewind(struct procfs_tasks *tasks)
+{
+    tasks->have = 0;
+    tasks->at = 0;
+    lseek(tasks->fd, 0, SEEK_SET);
+}
+
 pid_t
 procfs_tasks_next(struct procfs_tasks *tasks)
 {

@@ -90,6 +90,16 @@ struct procfs_tasks {
 int
 procfs_tasks_open(struct procfs_tasks *tasks, pid_t pid);
 
+/* How many threads there are now, or -1.  Other than the list, and than what
+ * status says, it is exact, and asks nothing of the memory.
+ */
+int
+procfs_tasks_count(const struct procfs_tasks *tasks);
+
+/* Begin again with the first one. */
+void
+procfs_tasks_rewind(struct procfs_tasks *tasks);
+
 /* A thread id, 0 at the end, or -1 if the list cannot be read on. */
 pid_t
 procfs_tasks_next(struct procfs_tasks *tasks);

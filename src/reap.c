@@ -284,13 +284,13 @@ reap_prepare(struct reap *reap)
 static void
 look_at_locks(struct reap *reap)
 {
-    int threads = reap->has_footprint ? reap->before.threads : 0;
+    bool single = reap->has_footprint && reap->before.threads == 1;
     bool no_fd;
-    reap->locks = locks_look(reap->pid, threads, &no_fd);
+    reap->locks = locks_look(reap->pid, single, &no_fd);
     if (no_fd && reap->memory >= 0) {
         /* That was the last; the locks matter more. */
         close_memory(reap);
-        reap->locks = locks_look(reap->pid, threads, &no_fd);
+        reap->locks = locks_look(reap->pid, single, &no_fd);
     }
 }
 
