@@ -18,6 +18,15 @@ VM_NEW := trixie tests/test_cgroup.py tests/test_hardening.py \
     tests/test_kernel_results.py tests/test_memory_goes.py \
     tests/test_rights.py tests/test_support.py
 
+# For `make free-threaded`: many threads, native or Python's, use the C code at
+# the same time; for `make asan`, its errors too.
+# Not the storm with ASan, which keeps what was freed: it looks like a leak.
+TESTS_THREADS := $(wildcard tests/test_threads.py tests/test_reaper*.py \
+    tests/test_storm.py tests/test_interpreters.py)
+TESTS_ASAN := $(filter-out %/test_storm.py,$(TESTS_THREADS)) tests/test_grace.py \
+    tests/test_kernel_results.py tests/test_limits.py \
+    tests/test_robust_locks.py tests/test_values.py
+
 VENV := .venv
 PY := $(VENV)/bin/python
 C_FILES := $(wildcard src/*.c)
@@ -29,6 +38,7 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test storm lint format types analyze wheels vm clean \
+    native asan free-threaded \
     bench-overhead bench-late bench-back bench-latency bench-many
 .DELETE_ON_ERROR:
 # The Python that is run must be this tree's, whatever the shell has set.
@@ -83,6 +93,51 @@ analyze: ## compile with gcc, its analyser and clang; warnings are errors
 	            -c "$$file" -o build/analyze/out.o || exit 1; \
 	    done; \
 	done
+
+native: ## drive the native threads from C, with sanitizers; ARGS=--long
+	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" gcc
+	@mkdir -p $(NATIVE)
+	@gcc $(WARNINGS) -pthread tests/native/victim.c -o $(NATIVE)/victim
+	@for how in $(NATIVE_HOW); do \
+	    case $$how in \
+	    plain) flags= ;; \
+	    address) flags="$(SANITIZE)" ;; \
+	    thread) flags="-g -fsanitize=thread" ;; \
+	    esac; \
+	    echo "== gcc $$flags"; \
+	    rm -rf $(NATIVE)/$$how && mkdir $(NATIVE)/$$how || exit 1; \
+	    for file in $(filter-out src/_mrelease.c,$(C_FILES)) \
+	        tests/native/drive.c; do \
+	        case $$file in tests/*) gnu= ;; *) gnu=-D_GNU_SOURCE ;; esac; \
+	        gcc $(WARNINGS) $$gnu $$flags -pthread -Isrc -c $$file \
+	            -o $(NATIVE)/$$how/$$(basename $$file .c).o || exit 1; \
+	    done; \
+	    gcc $$flags -pthread $(NATIVE)/$$how/*.o \
+	        -o $(NATIVE)/$$how/drive || exit 1; \
+	    TSAN_OPTIONS=halt_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	        $(FIXED) $(NATIVE)/$$how/drive $(ARGS) $(NATIVE)/victim || \
+	        failed=1; \
+	done; \
+	test -z "$$failed"
+
+asan: build/asan/built ## run the tests of the C code with ASan and UBSan
+	@echo "== pytest, with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	    UBSAN_OPTIONS=print_stacktrace=1 \
+	    MRELEASE_TEST_VICTIM=$(CURDIR)/build/asan/victim \
+	    $(FIXED) build/asan/bin/python -m pytest -W error --quick \
+	    $(TESTS_ASAN) $(ARGS)
+
+free-threaded: build/free-threaded/built ## the tests of threads without the GIL
+	@echo "== The module does not ask for the GIL"
+	@build/free-threaded/bin/python -W error -c \
+	    'import sys, mrelease._mrelease; assert not sys._is_gil_enabled()'
+	@echo "== pytest, on free-threaded Python"
+	@PYTHON_GIL=0 build/free-threaded/bin/python -X dev -m pytest -W error \
+	    $(NOT_313T) $(ENDLESS:%=--deselect %) $(TESTS_THREADS) $(ARGS)
+	@PYTHON_GIL=0 build/free-threaded/bin/python -X dev -m pytest -W error \
+	    --quick $(ENDLESS) $(ARGS)
 
 wheels: ## build the sdist, from it the wheels; audit and test them
 wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
@@ -179,6 +234,45 @@ $(MADE):
 	@echo "== Setting up $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -m pip install --quiet --upgrade "pip>=25.1"
+	@touch $@
+
+# --- Sanitizers and another Python -----------------------------------------
+
+NATIVE := build/native
+NATIVE_HOW := plain address thread
+SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+    -fno-omit-frame-pointer
+# gcc 12's runtimes do not start where addresses are very random.
+FIXED = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+# With four threads that never wait, 500 forks take some ten minutes.
+ENDLESS := \
+    tests/test_threads.py::test_forks_at_any_moment_of_kills_in_other_threads
+# Modules and their functions are never freed there, once there was a thread
+# ("Python support for free threading", Immortalization).
+NOT_313T := --deselect \
+    tests/test_interpreters.py::test_a_module_imported_100_times_leaves_nothing
+
+# These build the package in a copy: the module of .venv lies in src, and
+# setuptools would take the objects of other flags from build.
+COPIED := pyproject.toml setup.py README.md LICENSE src
+build/%/built: $(MAKEFILE_LIST) setup.py pyproject.toml $(C_FILES) \
+    $(H_FILES) $(wildcard src/mrelease/*.py) tests/native/victim.c
+	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" gcc
+	@echo "== Setting up build/$*"
+	@case $* in \
+	asan) python="$(PYTHON)" ;; \
+	*) python="$$($(PYTHON) tests/free_threaded.py)" ;; \
+	esac && "$$python" -m venv --clear build/$*
+	@build/$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	@build/$*/bin/python -m pip install --quiet --group test
+	@mkdir build/$*/copy && cp -r $(COPIED) build/$*/copy && \
+	    rm -f build/$*/copy/src/mrelease/*.so
+	@MRELEASE_CFLAGS="$(if $(filter asan,$*),$(SANITIZE))" \
+	    build/$*/bin/python -m pip install --quiet --no-deps build/$*/copy
+	@# What is preloaded is not loaded into a static victim.
+	@gcc -std=c11 -O2 -static -pthread tests/native/victim.c \
+	    -o build/$*/victim
 	@touch $@
 
 # A fresh environment of Python 3.x for `make wheels`, each time.
