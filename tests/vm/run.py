@@ -156,13 +156,16 @@ def unpack_modules(tree: Path, target: Path) -> None:
         unpack(normal(name))
 
 
-def fetch(home: Path, suite: str) -> None:
-    """Put the suite's newest kernel that can be downloaded into home."""
+def apt_options(home: Path, suite: str, kind: str = "deb") -> list[str]:
+    """What makes apt use one suite only, with lists of its own in home.
+
+    kind is 'deb', or 'deb-src' for source packages.
+    """
     lists = home / "lists"
     (lists / "partial").mkdir(parents=True, exist_ok=True)
     options = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
     source = home / "sources.list"
-    source.write_text(f"deb {options}{mirror()} {suite} main\n")
+    source.write_text(f"{kind} {options}{mirror()} {suite} main\n")
     settings = (
         f"Dir::Etc::sourcelist={source}",
         "Dir::Etc::sourceparts=-",
@@ -175,8 +178,12 @@ def fetch(home: Path, suite: str) -> None:
         "APT::Architecture=amd64",
         "APT::Architectures=amd64",
     )
-    apt = [word for setting in settings for word in ("-o", setting)]
+    return [word for setting in settings for word in ("-o", setting)]
 
+
+def fetch(home: Path, suite: str) -> None:
+    """Put the suite's newest kernel that can be downloaded into home."""
+    apt = apt_options(home, suite)
     print(f"looking for the kernel of {suite}", flush=True)
     subprocess.run(["apt-get", *apt, "-qq", "update"], check=True)
     names = subprocess.check_output(
