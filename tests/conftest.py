@@ -3,6 +3,7 @@
 Helpers, one module a concept, none of which imports the package:
 victims (processes to kill), cgroups (measure and hold them),
 kernel_errors (system calls that fail on order, functions in a child).
+And ways, of which each test of a kill tries all.
 
 A test that hangs ends the run (faulthandler, in pyproject.toml). Also
 then nothing is left behind: victims and guards see the end of Python.
@@ -21,6 +22,7 @@ import pytest
 import cgroups
 import kernel_errors
 import victims
+import ways
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -235,8 +237,22 @@ def unprivileged() -> Unprivileged:
     return run
 
 
+@pytest.fixture(params=ways.WAYS)
+def kill(request: pytest.FixtureRequest) -> ways.Kill:
+    """kill(pid, ...): the test runs with each way to kill a process."""
+    return ways.WAYS[request.param]
+
+
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> Callable[[int], int]:
-    """rounds(1000): so many, or a twentieth of it with --quick."""
-    quick = request.config.getoption("--quick")
-    return lambda count: max(3, count // 20) if quick else count
+    """rounds(1000): so many, or a twentieth of it with --quick.
+
+    A fifth with a Reaper, where the test runs with kill() too.
+    """
+    share = 20 if request.config.getoption("--quick") else 1
+    if (
+        "kill" in request.fixturenames
+        and request.getfixturevalue("kill") is ways.by_reaper
+    ):
+        share *= 5
+    return lambda count: count if share == 1 else max(3, count // share)

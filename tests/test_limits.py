@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from conftest import Unprivileged
+    from ways import Kill
 
 NOBODY = 65534
 MIB = victims.MIB
@@ -225,12 +226,12 @@ def take_away_proc() -> None:
 
 
 @pytest.mark.needs("root", "held")
-def test_without_proc_the_victim_is_killed_and_released() -> None:
+def test_without_proc_the_victim_is_killed_and_released(kill: Kill) -> None:
     with victims.held(16, threads=4) as victim:
 
         def run() -> mrelease.Release:
             take_away_proc()
-            return mrelease.kill(victim.pid, timeout=0.2)
+            return kill(victim.pid, timeout=0.2)
 
         result = kernel_errors.in_child(run)
         assert result.released is not None
@@ -247,12 +248,12 @@ def test_without_proc_the_victim_is_killed_and_released() -> None:
 
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("threads", [1, 8])
-def test_without_proc_the_victim_ends(threads: int) -> None:
+def test_without_proc_the_victim_ends(threads: int, kill: Kill) -> None:
     with victims.asleep(16, threads=threads) as victim:
 
         def run() -> mrelease.Release:
             take_away_proc()
-            return mrelease.kill(victim.pid)
+            return kill(victim.pid)
 
         result = kernel_errors.in_child(run)
         assert result.outcome in (Outcome.RELEASED, Outcome.EXITED)
@@ -364,12 +365,14 @@ def hide_pids() -> None:
 
 
 @pytest.mark.needs("root")
-def test_with_hidepid_a_process_of_ones_own_is_killed_as_ever() -> None:
+def test_with_hidepid_a_process_of_ones_own_is_killed_as_ever(
+    kill: Kill,
+) -> None:
     with victims.asleep(16, threads=4, user=NOBODY) as victim:
 
         def run() -> mrelease.Release:
             hide_pids()
-            return mrelease.kill(victim.pid)
+            return kill(victim.pid)
 
         result = kernel_errors.in_child(run)
         assert result.freed
@@ -380,13 +383,13 @@ def test_with_hidepid_a_process_of_ones_own_is_killed_as_ever() -> None:
 
 
 @pytest.mark.needs("root")
-def test_with_hidepid_anothers_process_is_refused() -> None:
+def test_with_hidepid_anothers_process_is_refused(kill: Kill) -> None:
     with victims.asleep(16) as victim:
 
         def run() -> None:
             hide_pids()
             assert not os.path.exists(f"/proc/{victim.pid}")
-            mrelease.kill(victim.pid)
+            kill(victim.pid)
 
         with pytest.raises(PermissionError, match="nothing was signalled"):
             kernel_errors.in_child(run)
@@ -416,13 +419,15 @@ def undumpable(size: int) -> Iterator[kernel_errors.Job[None]]:
 
 
 @pytest.mark.needs("root")
-def test_with_hidepid_a_hidden_process_that_may_be_killed_is() -> None:
+def test_with_hidepid_a_hidden_process_that_may_be_killed_is(
+    kill: Kill,
+) -> None:
     with undumpable(16 * MIB) as job:
 
         def run() -> mrelease.Release:
             hide_pids()
             assert not os.path.exists(f"/proc/{job.pid}")
-            return mrelease.kill(job.pid)
+            return kill(job.pid)
 
         result = kernel_errors.in_child(run)
         assert result.outcome in (Outcome.RELEASED, Outcome.EXITED)
@@ -566,6 +571,7 @@ def test_ctrl_c_inside_the_release_comes_out_after_it() -> None:
 
 def test_a_signal_each_ms_changes_nothing_in_200_kills(
     rounds: Callable[[int], int],
+    kill: Kill,
 ) -> None:
     count = rounds(200)
 
@@ -584,7 +590,7 @@ def test_a_signal_each_ms_changes_nothing_in_200_kills(
                 # in a few ms.
                 signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.001)
                 try:
-                    results.append(mrelease.kill(victim.pid, timeout=30))
+                    results.append(kill(victim.pid, timeout=30))
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
                 check_gone(victim)
@@ -605,7 +611,9 @@ def test_a_signal_each_ms_changes_nothing_in_200_kills(
 
 
 @pytest.mark.needs("held")
-def test_a_signal_each_ms_does_not_change_how_long_is_waited() -> None:
+def test_a_signal_each_ms_does_not_change_how_long_is_waited(
+    kill: Kill,
+) -> None:
     with victims.held(16, shared_anon=4) as victim:
 
         def run() -> tuple[float, int, mrelease.Release]:
@@ -618,7 +626,7 @@ def test_a_signal_each_ms_does_not_change_how_long_is_waited() -> None:
             signal.signal(signal.SIGALRM, hear)
             signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
             begun = time.monotonic()
-            result = mrelease.kill(victim.pid, timeout=0.6)
+            result = kill(victim.pid, timeout=0.6)
             taken = time.monotonic() - begun
             signal.setitimer(signal.ITIMER_REAL, 0)
             return taken, heard, result
@@ -793,7 +801,7 @@ def named(
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_a_name_can_not_forge_identity_or_footprint(
-    name: bytes, tmp_path: Path
+    name: bytes, tmp_path: Path, kill: Kill
 ) -> None:
     with named(tmp_path, name, mib=8) as (popen, anon):
         raw = Path(f"/proc/{popen.pid}/stat").read_bytes()
@@ -807,7 +815,7 @@ def test_a_name_can_not_forge_identity_or_footprint(
             # release() signals nothing: it must see that this one lives.
             assert made.release().outcome is Outcome.ALIVE
             assert popen.poll() is None
-            result = made.kill()
+            result = kill(made)
         assert result.freed
         assert result.footprint is not None
         assert anon <= result.footprint.anon < anon + 2 * MIB
@@ -845,9 +853,9 @@ def test_a_name_can_not_hide_that_a_victim_is_dying(
 THREADS = 4000
 
 
-def test_a_victim_with_4000_threads_is_killed_and_released() -> None:
+def test_a_victim_with_4000_threads_is_killed_and_released(kill: Kill) -> None:
     with victims.asleep(16, threads=THREADS) as victim:
-        result = mrelease.kill(victim.pid, timeout=30)
+        result = kill(victim.pid, timeout=30)
         assert result.outcome in (Outcome.RELEASED, Outcome.EXITED)
         assert result.freed
         assert result.locks == "free"
@@ -855,11 +863,13 @@ def test_a_victim_with_4000_threads_is_killed_and_released() -> None:
 
 
 @pytest.mark.needs("robust_holder")
-def test_the_one_of_4000_threads_that_holds_a_lock_is_found() -> None:
+def test_the_one_of_4000_threads_that_holds_a_lock_is_found(
+    kill: Kill,
+) -> None:
     with victims.robust_holder(
         16, threads=THREADS, robust_in_thread=True
     ) as victim:
-        result = mrelease.kill(victim.pid, timeout=30)
+        result = kill(victim.pid, timeout=30)
         assert result.outcome is Outcome.LOCKED
         assert result.locks == "held"
         assert result.attempts == 0
@@ -869,11 +879,11 @@ def test_the_one_of_4000_threads_that_holds_a_lock_is_found() -> None:
 # ------------------------------------------- who waits for the children
 
 
-def test_with_sigchld_ignored_a_child_is_killed() -> None:
+def test_with_sigchld_ignored_a_child_is_killed(kill: Kill) -> None:
     def run() -> tuple[mrelease.Release, bool]:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         with victims.asleep(16) as victim:
-            result = mrelease.kill(victim.popen)
+            result = kill(victim.popen)
             # The kernel reaps it, at its end.
             gone = not os.path.exists(f"/proc/{victim.pid}")
         return result, gone
@@ -890,6 +900,7 @@ def test_with_sigchld_ignored_a_child_is_killed() -> None:
 
 def test_with_a_sigchld_handler_that_reaps_everything_children_are_killed(
     rounds: Callable[[int], int],
+    kill: Kill,
 ) -> None:
     def run() -> list[tuple[mrelease.Release, int]]:
         reaped = []
@@ -903,7 +914,7 @@ def test_with_a_sigchld_handler_that_reaps_everything_children_are_killed(
         results = []
         for _ in range(rounds(100)):
             with victims.asleep(4) as victim:
-                result = mrelease.kill(victim.pid, timeout=30)
+                result = kill(victim.pid, timeout=30)
                 victims.wait_until(
                     lambda pid=victim.pid: any(  # type: ignore[misc]
                         found == pid for found, _ in reaped
@@ -946,10 +957,10 @@ def test_after_fork_parent_and_child_kill_with_the_same_victims() -> None:
         check_gone(two)
 
 
-def test_a_forked_child_kills_by_pid_and_as_its_own_child() -> None:
+def test_a_forked_child_kills_by_pid_and_as_its_own_child(kill: Kill) -> None:
     def run(pid: int) -> list[mrelease.Release]:
         with victims.asleep(16) as own:
-            return [mrelease.kill(pid), mrelease.kill(own.popen)]
+            return [kill(pid), kill(own.popen)]
 
     with victims.asleep(16) as victim:
         results = kernel_errors.in_child(run, victim.pid)
@@ -957,11 +968,13 @@ def test_a_forked_child_kills_by_pid_and_as_its_own_child() -> None:
         check_gone(victim)
 
 
-def test_after_fork_the_parents_popen_is_no_child_of_the_child() -> None:
+def test_after_fork_the_parents_popen_is_no_child_of_the_child(
+    kill: Kill,
+) -> None:
     with victims.asleep(1) as victim:
         # Popen objects are of children of their own process: refused.
         with pytest.raises(ProcessLookupError, match="not a child"):
-            kernel_errors.in_child(lambda: mrelease.kill(victim.popen))
+            kernel_errors.in_child(lambda: kill(victim.popen))
         check_untouched(victim)
 
 
@@ -975,7 +988,7 @@ class Rival:
         self._go = threading.Barrier(2)
 
     def race(
-        self, victim: victims.Process, *, reap: bool
+        self, kill: Kill, victim: victims.Process, *, reap: bool
     ) -> tuple[mrelease.Release | None, ProcessLookupError | None]:
         pause = random.uniform(0, 300e-6)
         ours = random.uniform(0, 300e-6)
@@ -993,7 +1006,7 @@ class Rival:
         try:
             self._go.wait()
             spin(ours)
-            return mrelease.kill(victim.pid, timeout=30), None
+            return kill(victim.pid, timeout=30), None
         except ProcessLookupError as error:
             return None, error
         finally:
@@ -1008,13 +1021,14 @@ def spin(seconds: float) -> None:
 
 def test_a_rival_that_kills_too_makes_no_exception_in_200_rounds(
     rounds: Callable[[int], int],
+    kill: Kill,
 ) -> None:
     rival = Rival()
     seen: dict[str, int] = {}
     unsure = 0
     for turn in range(rounds(200)):
         with victims.asleep(8, threads=1 + turn % 4) as victim:
-            result, error = rival.race(victim, reap=False)
+            result, error = rival.race(kill, victim, reap=False)
             # Not reaped, so its pid is still its own: no error at all.
             assert error is None
             assert result is not None
@@ -1037,12 +1051,13 @@ def test_a_rival_that_kills_too_makes_no_exception_in_200_rounds(
 
 def test_a_rival_that_kills_and_reaps_makes_process_lookup_error_only(
     rounds: Callable[[int], int],
+    kill: Kill,
 ) -> None:
     rival = Rival()
     seen: dict[str, int] = {}
     for turn in range(rounds(200)):
         with victims.asleep(8, threads=1 + turn % 4) as victim:
-            result, error = rival.race(victim, reap=True)
+            result, error = rival.race(kill, victim, reap=True)
             if result is not None:
                 assert result.outcome in (Outcome.RELEASED, Outcome.EXITED)
                 assert has_ended(result)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-import mrelease
 import victims
 from mrelease import Footprint, Outcome, Victim
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cgroups import Meter
+    from ways import Kill
 
 MIB = 1 << 20
 PAGE = victims.PAGE
@@ -94,11 +94,13 @@ def other(tmp_path: Path) -> Path:
 # ------------------------------------------ held in PTRACE_EVENT_EXIT
 
 
-def test_anonymous_memory_of_a_held_victim_is_gone(meter: Meter) -> None:
+def test_anonymous_memory_of_a_held_victim_is_gone(
+    meter: Meter, kill: Kill
+) -> None:
     with victims.held(64, groups=[meter]) as victim:
         before = meter.usage()
         assert before >= 64 * MIB
-        release = mrelease.kill(victim.pid)
+        release = kill(victim.pid)
         assert release.outcome is Outcome.RELEASED
         assert release.freed
         assert release.exited is None
@@ -110,13 +112,15 @@ def test_anonymous_memory_of_a_held_victim_is_gone(meter: Meter) -> None:
         assert meter.usage() < 2 * MIB
 
 
-def test_swapped_memory_of_a_held_victim_is_gone(meter: Meter) -> None:
+def test_swapped_memory_of_a_held_victim_is_gone(
+    meter: Meter, kill: Kill
+) -> None:
     victims.use_swap()
     with victims.held(64, swap=True, groups=[meter]) as victim:
         swapped = victim.vm_swap()
         assert swapped >= 32 * MIB
         on_the_device = meter.swap_usage()
-        release = mrelease.kill(victim.pid)
+        release = kill(victim.pid)
         assert release.outcome is Outcome.RELEASED
         assert release.footprint is not None
         assert release.footprint.swap == swapped
@@ -129,10 +133,12 @@ def test_swapped_memory_of_a_held_victim_is_gone(meter: Meter) -> None:
             assert meter.swap_usage() < MIB
 
 
-def test_mlocked_memory_of_a_held_victim_is_gone(meter: Meter) -> None:
+def test_mlocked_memory_of_a_held_victim_is_gone(
+    meter: Meter, kill: Kill
+) -> None:
     with victims.held(16, mlock=True, groups=[meter]) as victim:
         assert victim.vm_locked() >= 16 * MIB
-        release = mrelease.kill(victim.pid)
+        release = kill(victim.pid)
         assert release.outcome is Outcome.RELEASED
         assert not victim.ended()
         assert victim.rss_anon() == 0
@@ -140,12 +146,12 @@ def test_mlocked_memory_of_a_held_victim_is_gone(meter: Meter) -> None:
 
 
 def test_private_file_mappings_of_a_held_victim_are_gone(
-    data: Path, other: Path
+    data: Path, other: Path, kill: Kill
 ) -> None:
     with victims.held(8, file=data, dirty_file=other) as victim:
         assert resident(victim, str(data)) == 4 * MIB
         assert resident(victim, str(other)) == 6 * MIB
-        release = mrelease.kill(victim.pid)
+        release = kill(victim.pid)
         assert release.outcome is Outcome.RELEASED
         assert not victim.ended()
         assert resident(victim, str(data)) == 0
@@ -160,24 +166,24 @@ def test_private_file_mappings_of_a_held_victim_are_gone(
         assert other.read_bytes() == b"y" * 6 * MIB
 
 
-def test_a_private_memfd_of_a_held_victim_is_gone_from_it() -> None:
+def test_a_private_memfd_of_a_held_victim_is_gone_from_it(kill: Kill) -> None:
     with victims.held(8, private_memfd=4) as victim:
         assert victim.rss_shmem() == 4 * MIB
-        release = mrelease.kill(victim.pid)
+        release = kill(victim.pid)
         assert release.outcome is Outcome.RELEASED
         assert not victim.ended()
         assert victim.rss_shmem() == 0
 
 
 def test_map_shared_of_a_held_victim_is_untouched(
-    data: Path, meter: Meter
+    data: Path, meter: Meter, kill: Kill
 ) -> None:
     with victims.held(
         8, shared_anon=4, shared_memfd=2, shared_file=data, groups=[meter]
     ) as victim:
         before = [m for m in mappings(victim) if m.shared]
         assert sum(m.rss for m in before) == (4 + 2 + 4) * MIB
-        release = mrelease.kill(victim.pid, timeout=0.05)
+        release = kill(victim.pid, timeout=0.05)
         assert release.outcome is Outcome.RELEASED
         assert not victim.ended()
         assert [m for m in mappings(victim) if m.shared] == before
@@ -186,11 +192,13 @@ def test_map_shared_of_a_held_victim_is_untouched(
         assert meter.usage() >= (4 + 2) * MIB
 
 
-def test_not_a_page_of_private_memory_is_left(data: Path, other: Path) -> None:
+def test_not_a_page_of_private_memory_is_left(
+    data: Path, other: Path, kill: Kill
+) -> None:
     with victims.held(
         8, threads=4, file=data, dirty_file=other, shared_anon=2, mlock=True
     ) as victim:
-        mrelease.kill(victim.pid, timeout=0.05)
+        kill(victim.pid, timeout=0.05)
         assert not victim.ended()
         left = [
             m
@@ -202,11 +210,11 @@ def test_not_a_page_of_private_memory_is_left(data: Path, other: Path) -> None:
 
 
 @pytest.mark.needs("huge")
-def test_huge_pages_of_a_held_victim_stay_until_its_end() -> None:
+def test_huge_pages_of_a_held_victim_stay_until_its_end(kill: Kill) -> None:
     pages = victims.HugePages(4)
     try:
         with victims.held(8, hugetlb=4) as victim:
-            release = mrelease.kill(victim.pid, timeout=0.05)
+            release = kill(victim.pid, timeout=0.05)
             assert release.outcome is Outcome.RELEASED
             assert victim.rss_anon() == 0
             assert victim.hugetlb() == 8 * MIB
@@ -240,12 +248,13 @@ def frozen_threads() -> victims.Process:
 )
 def test_it_is_the_same_for_a_victim_in(
     make: Callable[[], victims.Process],
+    kill: Kill,
 ) -> None:
     with make() as victim:
         before = footprint_of(victim)
         states = victim.states()
         assert before.anon >= 32 * MIB
-        release = mrelease.kill(victim.pid, timeout=0.2)
+        release = kill(victim.pid, timeout=0.2)
         assert release.outcome is Outcome.RELEASED, release
         assert release.freed
         assert release.exited is None
@@ -260,11 +269,11 @@ def test_it_is_the_same_for_a_victim_in(
 
 
 @pytest.mark.needs("swapped", "in_d_state")
-def test_swapped_memory_of_a_victim_in_d_state_is_gone() -> None:
+def test_swapped_memory_of_a_victim_in_d_state_is_gone(kill: Kill) -> None:
     victims.use_swap()
     with victims.in_d_state(32, swap=True) as victim:
         assert victim.vm_swap() >= 16 * MIB
-        release = mrelease.kill(victim.pid)
+        release = kill(victim.pid)
         assert release.outcome is Outcome.RELEASED
         assert not victim.ended()
         assert victim.vm_swap() == 0
@@ -273,11 +282,11 @@ def test_swapped_memory_of_a_victim_in_d_state_is_gone() -> None:
 
 @pytest.mark.parametrize("threads", [1, 64])
 def test_a_stopped_victim_ends_or_is_released(
-    threads: int, meter: Meter
+    threads: int, meter: Meter, kill: Kill
 ) -> None:
     """SIGKILL wakes it: unlike the others it can end."""
     with victims.stopped(32, threads=threads, groups=[meter]) as victim:
-        release = mrelease.kill(victim.pid, timeout=30)
+        release = kill(victim.pid, timeout=30)
         assert release.outcome in (Outcome.RELEASED, Outcome.EXITED)
         assert release.freed
         assert meter.usage() < 5 * MIB
@@ -328,7 +337,7 @@ def huge_pages(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("huge_pages")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_footprint_predicts_to_the_page_what_goes_and_what_stays(
-    kind: Kind, data: Path, other: Path
+    kind: Kind, data: Path, other: Path, kill: Kill
 ) -> None:
     if kind.name == "swapped":
         victims.use_swap()
@@ -338,7 +347,7 @@ def test_footprint_predicts_to_the_page_what_goes_and_what_stays(
             # What the kernel tells the test is what it tells the package.
             assert predicted == footprint_of(victim)
             resident_before = [m for m in mappings(victim) if m.rss]
-            release = pinned.kill(timeout=0.05)
+            release = kill(pinned, timeout=0.05)
             assert release.outcome is Outcome.RELEASED
             # Read again just before the kill: nothing has changed.
             assert release.footprint == predicted
@@ -390,9 +399,11 @@ def test_footprint_counts_what_the_victim_touched(data: Path) -> None:
         assert abs(full.file - base.file - 4 * MIB) <= MIB
 
 
-def test_what_stays_comes_back_at_the_end_of_the_victim(meter: Meter) -> None:
+def test_what_stays_comes_back_at_the_end_of_the_victim(
+    meter: Meter, kill: Kill
+) -> None:
     with victims.held(8, shared_anon=16, groups=[meter]) as victim:
-        release = mrelease.kill(victim.pid, timeout=0.05)
+        release = kill(victim.pid, timeout=0.05)
         assert release.outcome is Outcome.RELEASED
         assert meter.usage() >= 16 * MIB
         victim.let_go()
@@ -426,10 +437,10 @@ def test_footprint_of_a_reaped_process_is_process_lookup_error() -> None:
             pinned.footprint()
 
 
-def test_footprint_of_a_dead_leader_is_that_of_its_threads() -> None:
+def test_footprint_of_a_dead_leader_is_that_of_its_threads(kill: Kill) -> None:
     with victims.zombie_leader(16) as victim, Victim(victim.pid) as pinned:
         assert pinned.footprint().anon >= 16 * MIB
-        release = pinned.kill(timeout=30)
+        release = kill(pinned, timeout=30)
         assert release.footprint is not None
         assert release.footprint.anon >= 16 * MIB
 

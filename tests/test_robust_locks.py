@@ -28,10 +28,13 @@ import mrelease
 import victims
 from cgroups import Freezer
 from mrelease import Outcome
+from ways import by_reaper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Literal
+
+    from ways import Kill
 
     Answered = Callable[
         [dict[str, kernel_errors.Rule]], kernel_errors.answered
@@ -44,11 +47,11 @@ HANG = 2.0
 
 
 def kill_and_wait(
-    holder: victims.Process, path: Path, timeout: float = 1.0
+    kill: Kill, holder: victims.Process, path: Path, timeout: float = 1.0
 ) -> mrelease.Release:
     """Kill a holder; once it may end, its waiter must get the lock."""
     with victims.robust_waiter(path) as waiter:
-        release = mrelease.kill(holder.pid, timeout=timeout)
+        release = kill(holder.pid, timeout=timeout)
         holder.let_go()
         assert victims.got(waiter) == "EOWNERDEAD", release
     assert holder.wait() == -signal.SIGKILL
@@ -70,71 +73,76 @@ def check_locked(release: mrelease.Release, *, ended: bool) -> None:
 
 
 def test_100_kills_of_an_idle_holder_leave_no_waiter_hanging(
-    tmp_path: Path, rounds: Callable[[int], int]
+    tmp_path: Path, rounds: Callable[[int], int], kill: Kill
 ) -> None:
     for number in range(rounds(100)):
         path = tmp_path / str(number)
         with victims.robust_holder(4, robust=path) as holder:
-            check_locked(kill_and_wait(holder, path, 10.0), ended=True)
+            check_locked(kill_and_wait(kill, holder, path, 10.0), ended=True)
 
 
 @pytest.mark.needs("held")
 def test_100_kills_of_a_held_holder_leave_no_waiter_hanging(
-    tmp_path: Path, rounds: Callable[[int], int]
+    tmp_path: Path, rounds: Callable[[int], int], kill: Kill
 ) -> None:
     for number in range(rounds(100)):
         path = tmp_path / str(number)
         with victims.held(4, robust=path) as holder:
-            check_locked(kill_and_wait(holder, path, SOON), ended=False)
+            check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
 
 
 def test_kills_of_a_stopped_holder_leave_no_waiter_hanging(
-    tmp_path: Path, rounds: Callable[[int], int]
+    tmp_path: Path, rounds: Callable[[int], int], kill: Kill
 ) -> None:
     for number in range(rounds(40)):
         path = tmp_path / str(number)
         with victims.stopped(4, robust=path) as holder:
-            check_locked(kill_and_wait(holder, path, 10.0), ended=True)
+            check_locked(kill_and_wait(kill, holder, path, 10.0), ended=True)
 
 
 @pytest.mark.needs("frozen")
 def test_kills_of_a_frozen_holder_leave_no_waiter_hanging(
-    tmp_path: Path, rounds: Callable[[int], int]
+    tmp_path: Path, rounds: Callable[[int], int], kill: Kill
 ) -> None:
     for number in range(rounds(40)):
         path = tmp_path / str(number)
         with victims.frozen(4, robust=path) as holder:
-            check_locked(kill_and_wait(holder, path, SOON), ended=False)
+            check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
 
 
-def test_a_victim_object_protects_the_locks_too(tmp_path: Path) -> None:
+def test_a_victim_object_protects_the_locks_too(
+    tmp_path: Path, kill: Kill
+) -> None:
     path = tmp_path / "lock"
     with (
         victims.robust_holder(4, robust=path) as holder,
         victims.robust_waiter(path) as waiter,
         mrelease.Victim(holder.pid) as victim,
     ):
-        check_locked(victim.kill(timeout=10.0), ended=True)
+        check_locked(kill(victim, timeout=10.0), ended=True)
         assert victims.got(waiter) == "EOWNERDEAD"
 
 
 def test_the_locks_are_looked_at_when_the_grace_is_over(
     tmp_path: Path,
+    kill: Kill,
 ) -> None:
     path = tmp_path / "lock"
     with (
         victims.robust_holder(4, robust=path, sigterm="ignore") as holder,
         victims.robust_waiter(path) as waiter,
     ):
-        release = mrelease.kill(holder.pid, grace=0.05, timeout=10.0)
+        release = kill(holder.pid, grace=0.05, timeout=10.0)
         check_locked(release, ended=True)
         assert release.terminated is not None
         assert victims.got(waiter) == "EOWNERDEAD"
 
 
-def test_the_line_says_why_the_release_was_withheld(tmp_path: Path) -> None:
+def test_the_line_says_why_the_release_was_withheld(
+    tmp_path: Path, kill: Kill
+) -> None:
     with victims.robust_holder(4, robust=tmp_path / "lock") as holder:
-        release = mrelease.kill(holder.pid, timeout=10.0)
+        release = kill(holder.pid, timeout=10.0)
         line = str(release)
     assert f"pid {holder.pid} locked: " in line
     assert "release withheld for its robust locks" in line
@@ -145,15 +153,17 @@ def test_the_line_says_why_the_release_was_withheld(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("held")
-def test_the_waiter_hangs_if_locks_are_ignored(tmp_path: Path) -> None:
+def test_the_waiter_hangs_if_locks_are_ignored(
+    tmp_path: Path, kill: Kill
+) -> None:
     """Without the protection, each waiter of the kills above hangs."""
-    for number in range(5):
+    for number in range(1 if kill is by_reaper else 5):
         path = tmp_path / str(number)
         with (
             victims.held(4, robust=path) as holder,
             victims.robust_waiter(path) as waiter,
         ):
-            release = mrelease.kill(holder.pid, locks="ignore")
+            release = kill(holder.pid, locks="ignore")
             assert release.outcome is Outcome.RELEASED
             assert release.locks == "ignored"
             holder.let_go()
@@ -165,13 +175,14 @@ def test_the_waiter_hangs_if_locks_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.needs("frozen")
 def test_the_waiter_of_a_frozen_holder_hangs_if_locks_are_ignored(
     tmp_path: Path,
+    kill: Kill,
 ) -> None:
     path = tmp_path / "lock"
     with (
         victims.frozen(4, robust=path) as holder,
         victims.robust_waiter(path) as waiter,
     ):
-        release = mrelease.kill(holder.pid, locks="ignore")
+        release = kill(holder.pid, locks="ignore")
         assert release.outcome is Outcome.RELEASED
         holder.let_go()
         holder.wait()
@@ -184,39 +195,42 @@ def test_the_waiter_of_a_frozen_holder_hangs_if_locks_are_ignored(
 @pytest.mark.needs("held_64_threads")
 @pytest.mark.parametrize("threads", [2, 32, 33, 64])
 def test_a_lock_held_by_the_last_of_many_threads_is_found(
-    threads: int, tmp_path: Path
+    threads: int, tmp_path: Path, kill: Kill
 ) -> None:
     path = tmp_path / "lock"
     with victims.held(
         4, threads=threads, robust=path, robust_in_thread=True
     ) as holder:
-        check_locked(kill_and_wait(holder, path, SOON), ended=False)
+        check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
 
 
 @pytest.mark.needs("held_64_threads")
 def test_a_lock_held_by_the_last_of_300_threads_is_found(
     tmp_path: Path,
+    kill: Kill,
 ) -> None:
     """More than one read of the list of threads gives."""
     path = tmp_path / "lock"
     with victims.asleep(
         4, threads=300, robust=path, robust_in_thread=True
     ) as holder:
-        check_locked(kill_and_wait(holder, path, 10.0), ended=True)
+        check_locked(kill_and_wait(kill, holder, path, 10.0), ended=True)
 
 
 @pytest.mark.needs("held_64_threads")
 def test_a_lock_held_by_the_leader_of_64_threads_is_found(
     tmp_path: Path,
+    kill: Kill,
 ) -> None:
     path = tmp_path / "lock"
     with victims.held(4, threads=64, robust=path) as holder:
-        check_locked(kill_and_wait(holder, path, SOON), ended=False)
+        check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
 
 
 @pytest.mark.needs("zombie_leader", "frozen")
 def test_a_lock_held_by_a_thread_whose_leader_has_ended_is_found(
     tmp_path: Path,
+    kill: Kill,
 ) -> None:
     """The leader has no memory to be read; the thread has."""
     path = tmp_path / "lock"
@@ -228,20 +242,22 @@ def test_a_lock_held_by_a_thread_whose_leader_has_ended_is_found(
     ):
         freezer.freeze()
         holder.also(let_go=freezer.thaw)
-        check_locked(kill_and_wait(holder, path, SOON), ended=False)
+        check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
 
 
 @pytest.mark.needs("held")
-def test_a_priority_inheriting_lock_is_found(tmp_path: Path) -> None:
+def test_a_priority_inheriting_lock_is_found(
+    tmp_path: Path, kill: Kill
+) -> None:
     path = tmp_path / "lock"
     with victims.held(4, robust=path, robust_pi=True) as holder:
-        check_locked(kill_and_wait(holder, path, SOON), ended=False)
+        check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
 
 
 @pytest.mark.needs("held_64_threads")
-def test_64_threads_without_a_lock_are_released() -> None:
+def test_64_threads_without_a_lock_are_released(kill: Kill) -> None:
     with victims.held(4, threads=64) as victim:
-        release = mrelease.kill(victim.pid)
+        release = kill(victim.pid)
         assert release.outcome is Outcome.RELEASED
         assert release.locks == "free"
 
@@ -295,9 +311,11 @@ def woken_but_frozen(
                 yield first, second
 
 
-def test_a_pending_operation_counts_as_a_lock(tmp_path: Path) -> None:
+def test_a_pending_operation_counts_as_a_lock(
+    tmp_path: Path, kill: Kill
+) -> None:
     with woken_but_frozen(tmp_path) as (first, second):
-        release = mrelease.kill(first.pid, timeout=SOON)
+        release = kill(first.pid, timeout=SOON)
         check_locked(release, ended=False)
         first.let_go()
         assert victims.got(second) == "OK"
@@ -305,9 +323,10 @@ def test_a_pending_operation_counts_as_a_lock(tmp_path: Path) -> None:
 
 def test_the_next_waiter_hangs_if_a_pending_operation_is_ignored(
     tmp_path: Path,
+    kill: Kill,
 ) -> None:
     with woken_but_frozen(tmp_path) as (first, second):
-        release = mrelease.kill(first.pid, timeout=SOON, locks="ignore")
+        release = kill(first.pid, timeout=SOON, locks="ignore")
         assert release.outcome is Outcome.RELEASED
         first.let_go()
         first.wait()
@@ -340,6 +359,7 @@ def tracer_of(pid: int) -> Iterator[None]:
 @pytest.mark.needs("held")
 def test_who_uses_robust_locks_and_holds_none_is_released(
     tmp_path: Path,
+    kill: Kill,
 ) -> None:
     code = _USER.format(
         tests=str(Path(__file__).parent), path=str(tmp_path / "lock")
@@ -352,7 +372,7 @@ def test_who_uses_robust_locks_and_holds_none_is_released(
         assert user.stdout is not None
         assert user.stdout.readline() == b"ready\n"
         with tracer_of(user.pid):
-            release = mrelease.kill(user)
+            release = kill(user)
         user.wait(victims.TIMEOUT)
     assert release.outcome is Outcome.RELEASED
     assert release.locks == "free"
@@ -435,10 +455,11 @@ def victim_32_bit(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.needs("held")
 def test_the_locks_of_a_32_bit_victim_are_unknown(
     victim_32_bit: subprocess.Popen[bytes],
+    kill: Kill,
 ) -> None:
     """Its list is where get_robust_list() of a 64-bit caller is blind."""
     with tracer_of(victim_32_bit.pid):
-        release = mrelease.kill(victim_32_bit)
+        release = kill(victim_32_bit)
     assert release.locks == "unknown"
     assert release.outcome is Outcome.RELEASED
     assert release.footprint is not None
@@ -451,10 +472,10 @@ def test_the_locks_of_a_32_bit_victim_are_unknown(
 @pytest.mark.parametrize("call", ["get_robust_list", "process_vm_readv"])
 @pytest.mark.parametrize("threads", [1, 64])
 def test_a_refused_look_is_unknown_and_the_victim_released(
-    call: str, number: int, threads: int, answered: Answered
+    call: str, number: int, threads: int, answered: Answered, kill: Kill
 ) -> None:
     with victims.held(16, threads=threads) as victim:
-        release = answered({call: number}).run(mrelease.kill, victim.pid)
+        release = answered({call: number}).run(kill, victim.pid)
         assert release.locks == "unknown"
         assert release.outcome is Outcome.RELEASED
         assert victim.rss_anon() == 0
@@ -471,20 +492,19 @@ def refused_for(tid: int) -> kernel_errors.Rule:
 @pytest.mark.needs("held", "seccomp")
 def test_a_look_that_is_refused_for_one_thread_is_unknown(
     answered: Answered,
+    kill: Kill,
 ) -> None:
     """Not free: that thread might hold one."""
     with victims.held(4, threads=8) as victim:
         rule = refused_for(victim.tids()[3])
-        release = answered({"get_robust_list": rule}).run(
-            mrelease.kill, victim.pid
-        )
+        release = answered({"get_robust_list": rule}).run(kill, victim.pid)
         assert release.locks == "unknown"
         assert release.outcome is Outcome.RELEASED
 
 
 @pytest.mark.needs("held", "seccomp")
 def test_a_lock_that_is_seen_counts_though_another_thread_was_refused(
-    answered: Answered, tmp_path: Path
+    answered: Answered, tmp_path: Path, kill: Kill
 ) -> None:
     path = tmp_path / "lock"
     with (
@@ -495,7 +515,7 @@ def test_a_lock_that_is_seen_counts_though_another_thread_was_refused(
     ):
         rule = refused_for(holder.pid)
         release = answered({"get_robust_list": rule}).run(
-            mrelease.kill, holder.pid, timeout=SOON
+            kill, holder.pid, timeout=SOON
         )
         check_locked(release, ended=False)
         holder.let_go()
@@ -562,6 +582,7 @@ def test_a_lock_that_was_seen_is_protected_also_in_a_churner(
     locks: Literal["protect", "ignore"],
     tmp_path: Path,
     rounds: Callable[[int], int],
+    kill: Kill,
 ) -> None:
     """Between the look and SIGKILL a running victim may take a lock.
 
@@ -573,7 +594,7 @@ def test_a_lock_that_was_seen_is_protected_also_in_a_churner(
     for number in range(count):
         path = tmp_path / str(number)
         with victims.robust_churner(path) as churner:
-            release = mrelease.kill(churner.pid, timeout=10.0, locks=locks)
+            release = kill(churner.pid, timeout=10.0, locks=locks)
             churner.wait()
             with victims.Process(robust_wait=path) as waiter:
                 got = victims.got(waiter, HANG)

@@ -30,6 +30,8 @@ from mrelease import Outcome
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ways import Kill
+
 FREED = (Outcome.RELEASED, Outcome.EXITED)
 TIMEOUT = 60.0
 
@@ -203,6 +205,7 @@ def at_once(
 
 def test_8_threads_kill_8_victims_at_once(
     rounds: Callable[[int], int],
+    kill: Kill,
 ) -> None:
     for _ in range(rounds(20)):
         with ExitStack() as stack:
@@ -212,7 +215,7 @@ def test_8_threads_kill_8_victims_at_once(
             ]
             results = at_once(
                 8,
-                lambda i, made=made: mrelease.kill(made[i].pid),  # type: ignore[misc]
+                lambda i, made=made: kill(made[i].pid),  # type: ignore[misc]
             )
             for victim, result in zip(made, results, strict=True):
                 assert isinstance(result, mrelease.Release), result
@@ -226,7 +229,7 @@ def test_8_threads_kill_8_victims_at_once(
 
 @pytest.mark.parametrize("given", ["pid", "one Victim", "own Victims"])
 def test_8_threads_kill_the_same_victim_at_once(
-    given: str, rounds: Callable[[int], int]
+    given: str, rounds: Callable[[int], int], kill: Kill
 ) -> None:
     for turn in range(rounds(25)):
         with (
@@ -234,20 +237,20 @@ def test_8_threads_kill_the_same_victim_at_once(
             mrelease.Victim(victim.pid) as shared,
         ):
 
-            def kill(
+            def run(
                 _: int,
                 victim: victims.Process = victim,
                 shared: mrelease.Victim = shared,
             ) -> mrelease.Release:
                 if given == "pid":
-                    return mrelease.kill(victim.pid)
+                    return kill(victim.pid)
                 if given == "one Victim":
-                    return shared.kill()
+                    return kill(shared)
                 with mrelease.Victim(victim.pid) as own:
-                    return own.kill()
+                    return kill(own)
 
             # Nobody has waited for it, so nobody may say that it is gone.
-            results = at_once(8, kill)
+            results = at_once(8, run)
             freed = 0
             for result in results:
                 assert isinstance(result, mrelease.Release), result
