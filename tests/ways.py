@@ -10,6 +10,7 @@ Unlike the other helpers this one imports the package.
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import mrelease
@@ -95,3 +96,14 @@ def kept(kill: Kill) -> Iterator[Kill]:
 
 
 WAYS: dict[str, Kill] = {"kill": mrelease.kill, "reaper": by_reaper}
+
+
+def native_threads() -> dict[int, str]:
+    """The threads of all Reapers of this process: tid and name."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            name = (task / "comm").read_text().rstrip("\n")
+            if name.startswith("mrelease"):
+                found[int(task.name)] = name
+    return found
