@@ -356,6 +356,26 @@ if {end!r} == "drop":
         assert time.monotonic() - begun < 30
 
 
+def test_at_the_end_of_the_interpreter_graces_are_cut_though_all_are_stuck(
+    answered: Answered,
+) -> None:
+    with (
+        victims.held(1) as stuck,
+        victims.asleep(1, sigterm="ignore") as other,
+    ):
+        code = f"""
+import mrelease
+reaper = mrelease.Reaper(threads=1, spares=0)
+reaper.kill({stuck.pid}, timeout=0.1).result()
+reaper.kill({other.pid}, grace=600)
+"""
+        kernel = answered(Stuck([stuck.pid]).rules("release"))
+        done = kernel.command([sys.executable, "-X", "dev", "-c", code])
+        assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+        assert other.ended(10)
+        assert other.wait() == -signal.SIGKILL
+
+
 def test_a_kill_whose_thread_comes_back_late_is_told_as_it_was(
     answered: Answered,
 ) -> None:
