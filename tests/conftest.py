@@ -3,7 +3,7 @@
 Helpers, one module a concept, none of which imports the package:
 victims (processes to kill), cgroups (measure and hold them),
 kernel_errors (system calls that fail on order, functions in a child).
-And ways, of which each test of a kill tries all.
+And kill_ways, of which each test of a kill tries all.
 
 A test that hangs ends the run (faulthandler, in pyproject.toml). Also
 then nothing is left behind: victims and guards see the end of Python.
@@ -21,8 +21,8 @@ import pytest
 
 import cgroups
 import kernel_errors
+import kill_ways
 import victims
-import ways
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -237,10 +237,10 @@ def unprivileged() -> Unprivileged:
     return run
 
 
-@pytest.fixture(params=ways.WAYS)
-def kill(request: pytest.FixtureRequest) -> ways.Kill:
+@pytest.fixture(params=kill_ways.WAYS)
+def kill(request: pytest.FixtureRequest) -> kill_ways.Kill:
     """kill(pid, ...): the test runs with each way to kill a process."""
-    return ways.WAYS[request.param]
+    return kill_ways.WAYS[request.param]
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def rounds(request: pytest.FixtureRequest) -> Callable[[int], int]:
     share = 20 if request.config.getoption("--quick") else 1
     if (
         "kill" in request.fixturenames
-        and request.getfixturevalue("kill") is ways.by_reaper
+        and request.getfixturevalue("kill") is kill_ways.by_reaper
     ):
         share *= 5
     return lambda count: count if share == 1 else max(3, count // share)

@@ -46,8 +46,8 @@ import cgroups
 import kernel_errors
 import mrelease
 import victims
+from kill_ways import Kill, by_reaper, kept
 from mrelease import Outcome, Release
-from ways import Kill, by_reaper, kept
 
 MIB = 1 << 20
 CPUS = os.cpu_count() or 1

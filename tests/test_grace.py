@@ -28,13 +28,13 @@ import cgroups
 import kernel_errors
 import mrelease
 import victims
+from kill_ways import by_reaper
 from mrelease import Outcome, Victim
-from ways import by_reaper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ways import Kill
+    from kill_ways import Kill
 
     Answered = Callable[
         [dict[str, kernel_errors.Rule]], kernel_errors.answered

@@ -27,13 +27,13 @@ import cgroups
 import kernel_errors
 import victims
 from kernel_errors import ALLOW, BLOCK, Call
+from kill_ways import by_reaper
 from mrelease import Outcome, Release, Victim, process_mrelease
-from ways import by_reaper
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
-    from ways import Kill
+    from kill_ways import Kill
 
 MIB = 1 << 20
 SIZE = 16

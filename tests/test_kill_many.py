@@ -18,8 +18,8 @@ import pytest
 import kernel_errors
 import mrelease
 import victims
+from kill_ways import native_threads
 from mrelease import Outcome, Reaper, Release, Victim
-from ways import native_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

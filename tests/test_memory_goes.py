@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cgroups import Meter
-    from ways import Kill
+    from kill_ways import Kill
 
 MIB = 1 << 20
 PAGE = victims.PAGE

@@ -29,8 +29,8 @@ import cgroups
 import kernel_errors
 import mrelease
 import victims
+from kill_ways import native_threads
 from mrelease import Outcome, Reaper, Reaping, Release, Victim
-from ways import native_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

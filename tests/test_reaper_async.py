@@ -16,8 +16,8 @@ import trio
 
 import kernel_errors
 import victims
+from kill_ways import native_threads
 from mrelease import Outcome, Reaper, Reaping, Release
-from ways import native_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -23,9 +23,9 @@ import pytest
 import kernel_errors
 import mrelease
 import victims
+from kill_ways import native_threads
 from mrelease import Outcome, Reaper, Reaping, Release
 from test_interpreters import Interpreter
-from ways import native_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

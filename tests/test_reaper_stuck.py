@@ -23,8 +23,8 @@ import pytest
 import kernel_errors
 import victims
 from kernel_errors import ALLOW, BLOCK, Call
+from kill_ways import native_threads
 from mrelease import Outcome, Reaper, Release
-from ways import native_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

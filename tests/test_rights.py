@@ -19,15 +19,15 @@ import pytest
 import kernel_errors
 import mrelease
 import victims
+from kill_ways import by_reaper
 from mrelease import Outcome, Victim
-from ways import by_reaper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from conftest import Unprivileged
-    from ways import Kill
+    from kill_ways import Kill
 
     Answered = Callable[
         [dict[str, kernel_errors.Rule]], kernel_errors.answered
@@ -114,8 +114,10 @@ def test_an_unprivileged_user_s_locks_are_checked(
             return release, victims.got(waiter)
 
     release, got = unprivileged(run)
-    assert release.outcome is Outcome.LOCKED
-    assert release.locks == "held"
+    # The look of a Reaper may come when the lock has been let go.
+    if kill is not by_reaper or release.outcome not in BACK:
+        assert release.outcome is Outcome.LOCKED
+        assert release.locks == "held"
     assert got == "EOWNERDEAD"
 
 

@@ -27,19 +27,20 @@ import kernel_errors
 import mrelease
 import victims
 from cgroups import Freezer
+from kill_ways import by_reaper
 from mrelease import Outcome
-from ways import by_reaper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Literal
 
-    from ways import Kill
+    from kill_ways import Kill
 
     Answered = Callable[
         [dict[str, kernel_errors.Rule]], kernel_errors.answered
     ]
 
+BACK = {Outcome.RELEASED, Outcome.EXITED}
 SOON = 0.05
 """The timeout for a victim that can not end before it is let go."""
 HANG = 2.0
@@ -58,7 +59,14 @@ def kill_and_wait(
     return release
 
 
-def check_locked(release: mrelease.Release, *, ended: bool) -> None:
+def check_locked(
+    kill: Kill, release: mrelease.Release, *, ended: bool
+) -> None:
+    if ended and kill is by_reaper and release.outcome in BACK:
+        # Its thread was not there in time, so SIGKILL went out first, and the
+        # victim had let go of its locks by itself when they were looked at.
+        assert release.locks != "held"
+        return
     assert release.outcome is Outcome.LOCKED
     assert release.locks == "held"
     assert release.attempts == 0
@@ -78,7 +86,9 @@ def test_100_kills_of_an_idle_holder_leave_no_waiter_hanging(
     for number in range(rounds(100)):
         path = tmp_path / str(number)
         with victims.robust_holder(4, robust=path) as holder:
-            check_locked(kill_and_wait(kill, holder, path, 10.0), ended=True)
+            check_locked(
+                kill, kill_and_wait(kill, holder, path, 10.0), ended=True
+            )
 
 
 @pytest.mark.needs("held")
@@ -88,7 +98,9 @@ def test_100_kills_of_a_held_holder_leave_no_waiter_hanging(
     for number in range(rounds(100)):
         path = tmp_path / str(number)
         with victims.held(4, robust=path) as holder:
-            check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
+            check_locked(
+                kill, kill_and_wait(kill, holder, path, SOON), ended=False
+            )
 
 
 def test_kills_of_a_stopped_holder_leave_no_waiter_hanging(
@@ -97,7 +109,9 @@ def test_kills_of_a_stopped_holder_leave_no_waiter_hanging(
     for number in range(rounds(40)):
         path = tmp_path / str(number)
         with victims.stopped(4, robust=path) as holder:
-            check_locked(kill_and_wait(kill, holder, path, 10.0), ended=True)
+            check_locked(
+                kill, kill_and_wait(kill, holder, path, 10.0), ended=True
+            )
 
 
 @pytest.mark.needs("frozen")
@@ -107,7 +121,9 @@ def test_kills_of_a_frozen_holder_leave_no_waiter_hanging(
     for number in range(rounds(40)):
         path = tmp_path / str(number)
         with victims.frozen(4, robust=path) as holder:
-            check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
+            check_locked(
+                kill, kill_and_wait(kill, holder, path, SOON), ended=False
+            )
 
 
 def test_a_victim_object_protects_the_locks_too(
@@ -119,7 +135,7 @@ def test_a_victim_object_protects_the_locks_too(
         victims.robust_waiter(path) as waiter,
         mrelease.Victim(holder.pid) as victim,
     ):
-        check_locked(kill(victim, timeout=10.0), ended=True)
+        check_locked(kill, kill(victim, timeout=10.0), ended=True)
         assert victims.got(waiter) == "EOWNERDEAD"
 
 
@@ -133,7 +149,7 @@ def test_the_locks_are_looked_at_when_the_grace_is_over(
         victims.robust_waiter(path) as waiter,
     ):
         release = kill(holder.pid, grace=0.05, timeout=10.0)
-        check_locked(release, ended=True)
+        check_locked(kill, release, ended=True)
         assert release.terminated is not None
         assert victims.got(waiter) == "EOWNERDEAD"
 
@@ -201,7 +217,9 @@ def test_a_lock_held_by_the_last_of_many_threads_is_found(
     with victims.held(
         4, threads=threads, robust=path, robust_in_thread=True
     ) as holder:
-        check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
+        check_locked(
+            kill, kill_and_wait(kill, holder, path, SOON), ended=False
+        )
 
 
 @pytest.mark.needs("held_64_threads")
@@ -214,7 +232,7 @@ def test_a_lock_held_by_the_last_of_300_threads_is_found(
     with victims.asleep(
         4, threads=300, robust=path, robust_in_thread=True
     ) as holder:
-        check_locked(kill_and_wait(kill, holder, path, 10.0), ended=True)
+        check_locked(kill, kill_and_wait(kill, holder, path, 10.0), ended=True)
 
 
 @pytest.mark.needs("held_64_threads")
@@ -224,7 +242,9 @@ def test_a_lock_held_by_the_leader_of_64_threads_is_found(
 ) -> None:
     path = tmp_path / "lock"
     with victims.held(4, threads=64, robust=path) as holder:
-        check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
+        check_locked(
+            kill, kill_and_wait(kill, holder, path, SOON), ended=False
+        )
 
 
 @pytest.mark.needs("zombie_leader", "frozen")
@@ -242,7 +262,9 @@ def test_a_lock_held_by_a_thread_whose_leader_has_ended_is_found(
     ):
         freezer.freeze()
         holder.also(let_go=freezer.thaw)
-        check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
+        check_locked(
+            kill, kill_and_wait(kill, holder, path, SOON), ended=False
+        )
 
 
 @pytest.mark.needs("held")
@@ -251,7 +273,9 @@ def test_a_priority_inheriting_lock_is_found(
 ) -> None:
     path = tmp_path / "lock"
     with victims.held(4, robust=path, robust_pi=True) as holder:
-        check_locked(kill_and_wait(kill, holder, path, SOON), ended=False)
+        check_locked(
+            kill, kill_and_wait(kill, holder, path, SOON), ended=False
+        )
 
 
 @pytest.mark.needs("held_64_threads")
@@ -316,7 +340,7 @@ def test_a_pending_operation_counts_as_a_lock(
 ) -> None:
     with woken_but_frozen(tmp_path) as (first, second):
         release = kill(first.pid, timeout=SOON)
-        check_locked(release, ended=False)
+        check_locked(kill, release, ended=False)
         first.let_go()
         assert victims.got(second) == "OK"
 
@@ -517,7 +541,7 @@ def test_a_lock_that_is_seen_counts_though_another_thread_was_refused(
         release = answered({"get_robust_list": rule}).run(
             kill, holder.pid, timeout=SOON
         )
-        check_locked(release, ended=False)
+        check_locked(kill, release, ended=False)
         holder.let_go()
         assert victims.got(waiter) == "EOWNERDEAD"
 

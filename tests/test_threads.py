@@ -30,7 +30,7 @@ from mrelease import Outcome
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ways import Kill
+    from kill_ways import Kill
 
 FREED = (Outcome.RELEASED, Outcome.EXITED)
 TIMEOUT = 60.0
