@@ -95,6 +95,15 @@ def kept(kill: Kill) -> Iterator[Kill]:
         yield kill
 
 
+def sees_no_lock(kill: Kill, release: mrelease.Release) -> bool:
+    """Of a victim that can end. The look of a Reaper, which is not waited for
+    without a bound, may come when its threads are ending, and cannot tell.
+    """
+    return release.locks == "free" or (
+        kill is by_reaper and release.locks == "unknown"
+    )
+
+
 WAYS: dict[str, Kill] = {"kill": mrelease.kill, "reaper": by_reaper}
 
 
