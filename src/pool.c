@@ -28,9 +28,15 @@
 #define US INT64_C(1000)
 #define MS INT64_C(1000000)
 
-/* How long a kill waits for the worker that was called ahead: to wake up, */
-#define ARRIVE (100 * US)
-/* and once it is there, to look at the locks.  It takes some ten microseconds,
+/* How long a kill waits for the worker that was called ahead to wake up.  Some
+ * ten microseconds are enough, but in a virtual machine it may take 300 until
+ * a CPU that was idle gets to run.  Where all CPUs are busy it is in vain:
+ * each time that it was, half as long is waited the next time.
+ */
+#define ARRIVE (400 * US)
+#define ARRIVE_LEAST (50 * US)
+
+/* And once it is there, to look at the locks.  It takes some ten microseconds,
  * and some two more for each thread; a victim that holds its mmap_lock takes
  * for ever.
  */
@@ -42,8 +48,11 @@
  */
 #define CLAIM (200 * US)
 
-/* Whoever waits for that much longer lets go of the CPU meanwhile. */
-#define SPIN (300 * US)
+/* Whoever waits for longer lets go of the CPU meanwhile: where all CPUs are
+ * busy, the worker may be waiting for this one.
+ */
+#define SPIN_FOR_ARRIVAL (100 * US)
+#define SPIN_FOR_LOOK (200 * US)
 
 /* A worker that is ahead of the kill for so long waits for it asleep. */
 #define AHEAD (2 * MS)
@@ -89,7 +98,8 @@ struct report {
 struct job {
     struct job *next;           /* all of the pool's, until buried */
     struct job *previous;
-    struct job *after;          /* in the queue for a release */
+    struct job *after;          /* in the queue for a release, */
+    struct job *before;         /* the biggest first */
     struct job *attended;       /* the next for the watcher to look at */
     struct pool *pool;
 
@@ -182,6 +192,7 @@ struct pool {
     bool watcher_sleeps;
     bool closing;
     atomic_bool closed;         /* `closing`, to be read without the lock */
+    _Atomic int64_t patience;   /* ARRIVE, or less where that was in vain */
 
     pthread_t watcher;
     bool watcher_made;
@@ -232,13 +243,12 @@ job_release(struct job *job)
     }
 }
 
-/* With the lock held. */
+/* Its fds are not needed (here) any more.  With the lock held. */
 static void
 unuse(struct job *job)
 {
     if (--job->users == 0) {
         close_fds(job);
-        job_release(job);
     }
 }
 
@@ -376,35 +386,66 @@ size_of(const struct job *job)
 static void
 queue_up(struct pool *pool, struct job *job)
 {
-    struct job **at = &pool->queue;
+    struct job *before = pool->queue_end;
 
     if (job->queued) {
         return;
     }
     job->queued = true;
     job->users++;
-    if (pool->queue_end != NULL && size_of(pool->queue_end) >= size_of(job)) {
-        at = &pool->queue_end->after;
+    atomic_fetch_add(&job->refs, 1);
+    while (before != NULL && size_of(before) < size_of(job)) {
+        before = before->before;
     }
-    while (*at != NULL && size_of(*at) >= size_of(job)) {
-        at = &(*at)->after;
+    job->before = before;
+    job->after = before == NULL ? pool->queue : before->after;
+    if (before == NULL) {
+        pool->queue = job;
     }
-    job->after = *at;
-    *at = job;
+    else {
+        before->after = job;
+    }
     if (job->after == NULL) {
         pool->queue_end = job;
     }
+    else {
+        job->after->before = job;
+    }
 }
 
+static void
+leave_queue(struct pool *pool, struct job *job)
+{
+    if (job->before == NULL) {
+        pool->queue = job->after;
+    }
+    else {
+        job->before->after = job->after;
+    }
+    if (job->after == NULL) {
+        pool->queue_end = job->before;
+    }
+    else {
+        job->after->before = job->before;
+    }
+    job->queued = false;
+}
+
+/* It will not be released.  What the queue has of it is given back. */
+static void
+drop_from_queue(struct pool *pool, struct job *job)
+{
+    leave_queue(pool, job);
+    unuse(job);
+    job_release(job);
+}
+
+/* For a worker, who takes over what the queue has of it. */
 static struct job *
 queue_pop(struct pool *pool)
 {
     struct job *job = pool->queue;
-    pool->queue = job->after;
-    if (pool->queue == NULL) {
-        pool->queue_end = NULL;
-    }
-    job->queued = false;
+    leave_queue(pool, job);
     return job;
 }
 
@@ -621,11 +662,11 @@ work(struct worker *self, struct job *job, enum task task)
     struct report report;
 
     if (task == STRIKE) {
-        carry_on(job, REAP_STRIKE);
+        carry_on(job, REAP_STRIKE); /* it is not closed before it is done */
         return;
     }
     lock(pool);
-    report = job->report;       /* did an earlier try look at the locks? */
+    report = job->report; /* did an earlier try look at the locks? */
     unlock(pool);
     report.calls = 0;
     if (task == AHEAD_OF_KILL) {
@@ -640,6 +681,7 @@ work(struct worker *self, struct job *job, enum task task)
     lock(pool);
     job->report = report;
     job->reported = true;
+    unuse(job);
     unlock(pool);
     drive(job);
 }
@@ -699,7 +741,7 @@ work_on(struct worker *self)
             sched_setaffinity(0, sizeof(pool->got.cpus), &pool->got.cpus);
             self->moved = false;
         }
-        unuse(job);
+        job_release(job);
         self->job = NULL;
         if (!self->stuck) {
             pool->busy--;
@@ -718,24 +760,29 @@ work_on(struct worker *self)
 
 /* Wait until the worker that was called ahead is there; not for long. */
 static void
-await_ahead(const struct pool *pool, struct job *job)
+await_ahead(struct pool *pool, struct job *job)
 {
     int64_t begun = reap_now();
-    int64_t spin = pool->alone ? 0 : SPIN;
-    int64_t arrive = pool->alone ? ALONE : ARRIVE;
+    int64_t patience = atomic_load(&pool->patience);
+    int64_t arrive = pool->alone ? ALONE : patience;
     int64_t there = LOOK + LOOK_EACH * job->reap.before.threads;
 
     for (;;) {
         uint32_t ahead = atomic_load(&job->ahead);
         if (ahead >= INSIDE || atomic_load(&job->sent) != NOT_SENT) {
+            atomic_store(&pool->patience, ARRIVE);
             return;
         }
         int64_t waited = reap_now() - begun;
         int64_t most = ahead == NOBODY ? arrive : there;
+        int64_t spin = ahead == NOBODY ? SPIN_FOR_ARRIVAL : SPIN_FOR_LOOK;
         if (waited > most) {
+            if (ahead == NOBODY && patience > ARRIVE_LEAST) {
+                atomic_store(&pool->patience, patience / 2);
+            }
             return;
         }
-        if (waited >= spin) {
+        if (waited >= spin || pool->alone) {
             sys_futex_wait(&job->ahead, ahead, most - waited);
         }
     }
@@ -755,6 +802,7 @@ call_ahead(struct job *job)
     if (worker != NULL) {
         job->called = true;
         job->users++;
+        atomic_fetch_add(&job->refs, 1);
         keep_off(pool, worker, job->sender_cpu);
         give(pool, worker, job, AHEAD_OF_KILL);
     }
@@ -830,11 +878,20 @@ finish(struct pool *pool, struct job *job)
         atomic_store(&job->sent, NOT_ALLOWED);
         sys_futex_wake(&job->sent, INT_MAX);
     }
+    if (job->queued && job->reap.exited != 0) {
+        drop_from_queue(pool, job);
+    }
+    /* A duplicate of an fd may live on, and with it the registration. */
+    epoll_ctl(pool->epoll, EPOLL_CTL_DEL, job->reap.pidfd, NULL);
+    if (job->escalate_fd >= 0) {
+        epoll_ctl(pool->epoll, EPOLL_CTL_DEL, job->escalate_fd, NULL);
+    }
+    unuse(job);
     atomic_store_explicit(&job->done, true, memory_order_release);
     signal_fd(job->done_fd);
     pool->unfinished--;
     job->wake_at = INT64_MAX;
-    attend(pool, job);          /* to be buried */
+    attend(pool, job); /* to be buried */
     if (is_over(pool)) {
         wake_all(pool);
     }
@@ -865,7 +922,9 @@ take_news(struct pool *pool, struct job *job)
     if (raise) {
         job->raise_due = false;
     }
+    bool queued = job->queued;
     unlock(pool);
+    reap->queued = queued;
     if (reported) {
         reap->releasing = false;
         reap->locks = report.locks;
@@ -904,7 +963,7 @@ hand_over(struct pool *pool, struct job *job)
         pool->idle->next_idle != NULL)
     {
         worker = take_idle(pool, -1);
-        job->users++;
+        atomic_fetch_add(&job->refs, 1);
         give(pool, worker, job, STRIKE);
     }
     unlock(pool);
@@ -929,7 +988,7 @@ carry_on(struct job *job, enum reap_progress progress)
             }
             if (progress == REAP_STRIKE) {
                 if (hand_over(pool, job)) {
-                    return;     /* it is driven by that worker now */
+                    return; /* it is driven by that worker now */
                 }
                 progress = reap_prepare(&job->reap);
                 if (progress == REAP_STRIKE) {
@@ -956,7 +1015,7 @@ carry_on(struct job *job, enum reap_progress progress)
         if (atomic_load(&job->done) || !job->news) {
             job->driven = false;
             if (job->raise_due) {
-                attend(pool, job);      /* now it may drive it */
+                attend(pool, job); /* now it may drive it */
             }
             unlock(pool);
             return;
@@ -1100,11 +1159,6 @@ pool_submit(struct pool *pool, struct job **jobs, int count)
 static void
 bury(struct pool *pool, struct job *job)
 {
-    /* A duplicate of the fd may live on, and with it the registration. */
-    epoll_ctl(pool->epoll, EPOLL_CTL_DEL, job->reap.pidfd, NULL);
-    if (job->escalate_fd >= 0) {
-        epoll_ctl(pool->epoll, EPOLL_CTL_DEL, job->escalate_fd, NULL);
-    }
     if (job->next != NULL) {
         job->next->previous = job->previous;
     }
@@ -1114,7 +1168,7 @@ bury(struct pool *pool, struct job *job)
     else {
         pool->jobs = job->next;
     }
-    unuse(job);
+    job_release(job);
 }
 
 static void
@@ -1152,7 +1206,7 @@ is_same_trigger(const struct job *a, const struct job *b)
         return false;
     }
     int same = fcntl(a->escalate_fd, F_DUPFD_QUERY, b->escalate_fd);
-    if (same < 0) {             /* before Linux 6.10 */
+    if (same < 0) { /* before Linux 6.10 */
         pid_t pid = getpid();
         long order = syscall(SYS_kcmp, pid, pid, KCMP_FILE, a->escalate_fd,
                              b->escalate_fd);
@@ -1360,6 +1414,9 @@ end(struct pool *pool, bool *exited)
 {
     *exited = true;
     pool->live--;
+    if (pool->closing && pool->live == 0) {
+        close_pool_fds(pool); /* who keeps the pool keeps none */
+    }
     pthread_cond_broadcast(&pool->changed);
     unlock(pool);
     unref(pool);
@@ -1538,6 +1595,7 @@ pool_new(const struct pool_options *options, struct pool **made,
     pool->epoll = -1;
     pool->wake_fd = -1;
     pool->next_wake = INT64_MAX;
+    pool->patience = ARRIVE;
     pool->count = count;
     for (int i = 0; i < count; i++) {
         pool->workers[i].pool = pool;
@@ -1638,7 +1696,7 @@ is_closed(struct pool *pool)
          * could release them.
          */
         while (pool->queue != NULL) {
-            unuse(queue_pop(pool));
+            drop_from_queue(pool, pool->queue);
         }
         wake_all(pool);
     }
@@ -1669,11 +1727,6 @@ pool_close(struct pool *pool, int64_t deadline, bool cut)
     if (in_time) {
         part_with_threads(pool);
     }
-    lock(pool);
-    if (pool->live == 0) {
-        close_pool_fds(pool);   /* who keeps the pool keeps none of these */
-    }
-    unlock(pool);
     return in_time;
 }
 

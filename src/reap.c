@@ -529,7 +529,7 @@ follow(struct reap *reap)
         int64_t now = reap_now();
         int64_t until = reap->hurried ? now : reap->deadline;
         bool is_last = now >= until;
-        if (is_ended(reap) && (!reap->releasing || is_last)) {
+        if (is_ended(reap) && (!reap->releasing || reap->queued || is_last)) {
             return ended(reap);
         }
         if (reap->outcome == REAP_RELEASED && !reap->until_end) {

@@ -83,7 +83,8 @@ struct reap {
 
     /* For who drives it with reap_advance(). */
     int64_t wake_at;            /* with REAP_WAIT */
-    bool releasing;             /* a release is under way or in a queue */
+    bool releasing;             /* a release is to be reported, */
+    bool queued;                /* and has not begun yet */
 
     /* Where it is.  For reap.c alone; zero to begin with. */
     int step;

@@ -24,7 +24,7 @@ enum scheduling_rung {
 bool
 scheduling_is_realtime(uint32_t policy);
 
-/* Without real-time scheduling: ask for a short time slice.  It needs no
+/* Without real-time scheduling: ask for the shortest time slice.  It needs no
  * right and gives no more of the CPU, but a thread with a shorter slice than
  * the one that runs gets the CPU at once when it wakes up (Linux 6.12; older
  * kernels take no notice).

@@ -890,19 +890,9 @@ NEEDS = {
 }
 
 
-_AT_EXIT = pytest.mark.xfail(
-    strict=True, reason="a function for the end of Python for each Reaper"
-)
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=_AT_EXIT)
-        if name in ("reaper_not_closed", "kill_many_by_itself")
-        else name
-        for name in CASES
-    ],
+    CASES,
 )
 def test_no_leak_in(name: str, measured: Measure) -> None:
     victims.need(*NEEDS.get(name, []))

@@ -383,7 +383,6 @@ def test_escalate_on_may_be_closed_once_kill_has_returned(
     os.close(write)
 
 
-@pytest.mark.xfail(strict=True, reason="told apart by the number alone")
 def test_a_number_that_is_used_again_is_another_event(reaper: Reaper) -> None:
     with victims.stopped(0) as one, victims.stopped(0) as two:
         event = os.eventfd(0)
@@ -531,7 +530,6 @@ def test_a_reaper_that_is_dropped_warns_and_does_what_was_asked() -> None:
         victims.wait_until(lambda: not native_threads(), "the threads end")
 
 
-@pytest.mark.xfail(strict=True, reason="they live on with the Reapings")
 def test_the_threads_of_a_dropped_reaper_end_when_all_is_done() -> None:
     with victims.asleep(0) as victim:
         reaper = Reaper()

@@ -244,7 +244,6 @@ def test_kills_go_out_at_once_without_a_free_thread(
             assert result.attempts == 0
 
 
-@pytest.mark.xfail(strict=True, reason="told when its timeout is over")
 def test_without_a_free_thread_an_end_is_told_when_it_comes(
     answered: Answered,
 ) -> None:
@@ -264,7 +263,6 @@ def test_without_a_free_thread_an_end_is_told_when_it_comes(
         assert took < 4
 
 
-@pytest.mark.xfail(strict=True, reason="it waits for the queue for ever")
 def test_close_returns_though_nobody_is_left_for_the_queue(
     answered: Answered,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from errno import EPERM, ESRCH
+from errno import ENOMEM, ENOSPC, EPERM, ESRCH
 
 from mrelease import _mrelease
 from mrelease.footprint import Footprint
@@ -150,6 +150,12 @@ def refusal(pid: int, why: int) -> Exception:
             f"cannot kill pid {pid}: it belongs to another user and this "
             "process has no CAP_KILL, or a security policy forbids it; "
             "nothing was signalled",
+        )
+    if why in (ENOMEM, ENOSPC):
+        return OSError(
+            why,
+            f"cannot kill pid {pid}: its end cannot be watched (epoll: "
+            "memory, or fs.epoll.max_user_watches); nothing was signalled",
         )
     return OSError(
         why,

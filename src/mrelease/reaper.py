@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from errno import EAGAIN, EINVAL, EMFILE, ENFILE, EPERM
-from time import monotonic_ns
+from time import monotonic_ns, sleep
 
 from mrelease import _mrelease
 from mrelease.process import no_file_left, pid_of, pin
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     _Policy = Literal["auto", "fifo", "nice", "none"]
 
+_FILES_BACK = 100_000_000  # nanoseconds
 _MOST_THREADS = 1024
 _FEW_THREADS = 16
 
@@ -246,10 +247,11 @@ class Reaper:
     is what the release needs: a thread of the Reaper, which never waits for
     Python, is in its loop of process_mrelease(2) before the signal is sent, so
     that the victim cannot put its memory out of reach first.  Waiting for that
-    thread takes some tens of microseconds and is bounded: 0.1 ms for it to
-    wake up, 1 ms for its look at the robust locks, and 5 microseconds more for
-    each thread of the victim.  If it is not there by then, the kill goes out
-    first; the locks are looked at all the same before the release.
+    thread takes some tens of microseconds and is bounded: 0.4 ms for it to
+    wake up (half of that each time that it was in vain), 1 ms for its look at
+    the robust locks, and 5 microseconds more for each thread of the victim.
+    If it is not there by then, the kill goes out first; the locks are looked
+    at all the same before the release.
 
     threads  how many release at the same time; by default one for each CPU
              that the caller may use, at most 16.  Where more victims are
@@ -430,7 +432,9 @@ class Reaper:
                 source=self,
             )
         finally:
+            # Its threads end when what is under way is done.
             self._pool.hurry()
+            self._pool.close(0)
 
     def __repr__(self) -> str:
         return f"<Reaper {self._pool.state()}, {self._scheduling}>"
@@ -452,24 +456,52 @@ class _Batch:
     ) -> list[Reaping]:
         pids = [_check(process) for process in processes]
         for process, pid in zip(processes, pids, strict=True):
-            try:
-                self._add(process, pid)
-            except OSError as error:
-                if error.errno not in (EMFILE, ENFILE):
-                    self._refuse(pid, error)
-                    continue
+            if not self._try_to_add(process, pid):
                 self._flush()
-                for reaping in self._reapings:
-                    reaping.result()
-                    reaping._detach()
-                try:
-                    self._add(process, pid)
-                except OSError as error:
-                    if not self._sent:
-                        raise
-                    self._refuse(pid, error)
+                self._wait()
+                self._add_patiently(process, pid)
         self._flush()
         return self._reapings
+
+    def _try_to_add(
+        self, process: Victim | HasPid | SupportsIndex, pid: int
+    ) -> bool:
+        """Give False if no file descriptor was left.
+
+        When it returns, what it had opened is closed: an exception that is
+        being handled would keep it.
+        """
+        try:
+            self._add(process, pid)
+        except OSError as error:
+            if error.errno in (EMFILE, ENFILE):
+                return False
+            self._refuse(pid, error)
+        return True
+
+    def _wait(self) -> None:
+        for reaping in self._reapings:
+            reaping.result()
+            reaping._detach()
+
+    def _add_patiently(
+        self, process: Victim | HasPid | SupportsIndex, pid: int
+    ) -> None:
+        """Add it once there are file descriptors again."""
+        until = monotonic_ns() + _FILES_BACK
+        while True:
+            try:
+                return self._add(process, pid)
+            except OSError as error:
+                if not self._sent:
+                    raise
+                # The threads close them when all have their results.
+                if (
+                    error.errno not in (EMFILE, ENFILE)
+                    or monotonic_ns() > until
+                ):
+                    return self._refuse(pid, error)
+            sleep(0.0005)
 
     def _add(self, process: Victim | HasPid | SupportsIndex, pid: int) -> None:
         pidfd, pid = _pin(process)
@@ -564,14 +596,17 @@ def _cannot_start(
 
 
 _living: set[ref[Reaper]] = set()
+_registered = False
 
 
 def _end_with_interpreter(reaper: Reaper) -> None:
     """Cut the graces of a Reaper short when the interpreter ends."""
+    global _registered
     import atexit
     import weakref
 
-    if not _living:
+    if not _registered:
+        _registered = True
         atexit.register(_hurry_all)
     _living.add(weakref.ref(reaper, _living.discard))
 
