@@ -231,8 +231,14 @@ def _chart(
 
 def _tell_aims(shots: dict[Job, list[Shot]]) -> None:
     print()
-    for way, limit in (("reaper-fifo", 0.0), ("reaper", 0.02)):
-        cells = {job: share(s) for job, s in shots.items() if job.way == way}
+    limit = 0.01
+    # Without a right there is no aim beside busy processes.
+    for way, loads in (("reaper-fifo", LOADS), ("reaper", ("idle",))):
+        cells = {
+            job: share(s)
+            for job, s in shots.items()
+            if job.way == way and job.load in loads
+        }
         if not cells:
             continue
         worst = max(cells, key=lambda job: cells[job])

@@ -33,8 +33,13 @@
  * a CPU that was idle gets to run.  Where all CPUs are busy it is in vain:
  * each time that it was, half as long is waited the next time.
  */
-#define ARRIVE (400 * US)
+#define ARRIVE (300 * US)
 #define ARRIVE_LEAST (50 * US)
+
+/* If it has not come by then, it is waiting for a CPU.  It gets the one of who
+ * waits for it, and has so long to use it.
+ */
+#define PULLED (200 * US)
 
 /* And once it is there, to look at the locks.  It takes some ten microseconds,
  * and some two more for each thread; a victim that holds its mmap_lock takes
@@ -112,8 +117,8 @@ struct job {
     /* The handshake between who kills and who is called ahead. */
     _Atomic uint32_t ahead;
     _Atomic uint32_t sent;
-    int sender_cpu;
-    bool called;                /* by its driver: a worker is ahead */
+    _Atomic int sender_cpu;
+    struct worker *called;      /* by its driver: ahead of the kill */
     _Atomic int64_t kill_at;    /* by the first who has sent it, */
     int kill_err;               /* then this, and then `sent` */
 
@@ -758,6 +763,28 @@ work_on(struct worker *self)
 
 /* ------------------------------------------------- the kill, by who sends it */
 
+/* Bring the worker that was called to the CPU that its caller is about to let
+ * go of.  It finds itself there, and kills.
+ */
+static void
+pull(struct pool *pool, struct job *job)
+{
+    lock(pool);
+    struct worker *worker = job->called;
+    int cpu = sched_getcpu();
+    if (worker->job == job && atomic_load(&job->ahead) == NOBODY && cpu >= 0 &&
+        cpu < CPU_SETSIZE && CPU_ISSET((size_t)cpu, &pool->got.cpus))
+    {
+        cpu_set_t here;
+        CPU_ZERO(&here);
+        CPU_SET((size_t)cpu, &here);
+        job->sender_cpu = cpu;
+        worker->moved =
+            sched_setaffinity(worker->tid, sizeof(here), &here) == 0;
+    }
+    unlock(pool);
+}
+
 /* Wait until the worker that was called ahead is there; not for long. */
 static void
 await_ahead(struct pool *pool, struct job *job)
@@ -765,24 +792,33 @@ await_ahead(struct pool *pool, struct job *job)
     int64_t begun = reap_now();
     int64_t patience = atomic_load(&pool->patience);
     int64_t arrive = pool->alone ? ALONE : patience;
+    bool pulled = pool->alone;
     int64_t there = LOOK + LOOK_EACH * job->reap.before.threads;
 
     for (;;) {
         uint32_t ahead = atomic_load(&job->ahead);
         if (ahead >= INSIDE || atomic_load(&job->sent) != NOT_SENT) {
-            atomic_store(&pool->patience, ARRIVE);
+            if (!pulled) {
+                atomic_store(&pool->patience, ARRIVE);
+            }
             return;
         }
         int64_t waited = reap_now() - begun;
         int64_t most = ahead == NOBODY ? arrive : there;
         int64_t spin = ahead == NOBODY ? SPIN_FOR_ARRIVAL : SPIN_FOR_LOOK;
-        if (waited > most) {
-            if (ahead == NOBODY && patience > ARRIVE_LEAST) {
+        if (waited > most && ahead == NOBODY && !pulled) {
+            pulled = true;
+            arrive += PULLED;
+            if (patience > ARRIVE_LEAST) {
                 atomic_store(&pool->patience, patience / 2);
             }
+            pull(pool, job);
+            continue;
+        }
+        if (waited > most) {
             return;
         }
-        if (waited >= spin || pool->alone) {
+        if (waited >= spin || pulled) {
             sys_futex_wait(&job->ahead, ahead, most - waited);
         }
     }
@@ -800,7 +836,7 @@ call_ahead(struct job *job)
     job->sender_cpu = sched_getcpu();
     struct worker *worker = take_idle(pool, job->sender_cpu);
     if (worker != NULL) {
-        job->called = true;
+        job->called = worker;
         job->users++;
         atomic_fetch_add(&job->refs, 1);
         keep_off(pool, worker, job->sender_cpu);
@@ -816,13 +852,13 @@ call_ahead(struct job *job)
 static void
 send_out(struct job *job)
 {
-    if (job->called) {
+    if (job->called != NULL) {
         await_ahead(job->pool, job);
     }
     int64_t now = reap_now();
     if (claim(job)) {
         note_kill(job, send_kill(job), now);
-        if (job->called) {
+        if (job->called != NULL) {
             sys_futex_wake(&job->sent, INT_MAX);
         }
         return;
@@ -849,7 +885,7 @@ follow_up(struct job *job)
         job->reap.releasing = true;
         lock(pool);
         job->raise_due = true;
-        if (!job->called) {
+        if (job->called == NULL) {
             queue_up(pool, job);
             dispatch(pool);
         }

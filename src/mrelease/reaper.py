@@ -247,9 +247,9 @@ class Reaper:
     is what the release needs: a thread of the Reaper, which never waits for
     Python, is in its loop of process_mrelease(2) before the signal is sent, so
     that the victim cannot put its memory out of reach first.  Waiting for that
-    thread takes some tens of microseconds and is bounded: 0.4 ms for it to
-    wake up (half of that each time that it was in vain), 1 ms for its look at
-    the robust locks, and 5 microseconds more for each thread of the victim.
+    thread takes some tens of microseconds and is bounded: 0.5 ms for it to
+    wake up (less each time that it was in vain), 1 ms for its look at the
+    robust locks, and 5 microseconds more for each thread of the victim.
     If it is not there by then, the kill goes out first; the locks are looked
     at all the same before the release.
 
