@@ -24,11 +24,14 @@ SOURCES += ["procfs", "probe", "child", "harden"]
 floor = 15 if sysconfig.get_config_var("Py_GIL_DISABLED") else 12
 stable = sys.version_info >= (3, floor)
 
-# -g0: debug information would be four fifths of the wheel.  MRELEASE_CFLAGS
-# comes last, for sanitizers, coverage, -g or -Werror; compiler and linker.
-flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g0"]
-flags += ["-fvisibility=hidden", "-pthread"]
-flags += shlex.split(os.environ.get("MRELEASE_CFLAGS", ""))
+# MRELEASE_CFLAGS is for sanitizers, coverage, -g or -Werror; compiler and
+# linker.  Without it the module is made small, since it is locked into memory
+# where memory is short, and its time is the kernel's: no debug information, no
+# symbols, no tables to unwind the stack (there is nothing that would).
+flags = ["-std=c11", "-D_GNU_SOURCE", "-fvisibility=hidden", "-pthread"]
+given = shlex.split(os.environ.get("MRELEASE_CFLAGS", ""))
+small = ["-Os", "-g0", "-s", "-fno-asynchronous-unwind-tables"]
+flags += ["-O2", *given] if given else small
 
 setup(
     ext_modules=[
