@@ -71,6 +71,10 @@
  */
 #define STUCK (10 * MS)
 
+/* A look at the locks for which there is no file descriptor is tried again. */
+#define FD_TRIES 50
+#define FD_PAUSE (200 * US)
+
 #define STACK ((size_t)64 << 10)
 #define EVENTS 64
 
@@ -556,8 +560,16 @@ look(struct worker *self, struct job *job, struct report *report)
     }
     bool single = reap->has_footprint && reap->before.threads == 1;
     report->locks = locks_look(reap->pid, single, &no_fd);
-    if (no_fd && self->spare_fd >= 0) {
-        close(self->spare_fd);
+    for (int i = 0; no_fd && report->locks == LOCKS_UNKNOWN && i < FD_TRIES;
+         i++)
+    {
+        /* Ours is for this.  If somebody else was quicker to take it, another
+         * will be free in a moment: those of the pool are needed for no longer.
+         */
+        if (self->spare_fd < 0) {
+            sys_futex_wait(&self->go, atomic_load(&self->go), FD_PAUSE);
+        }
+        close_fd(self->spare_fd);
         report->locks = locks_look(reap->pid, single, &no_fd);
         self->spare_fd = fcntl(self->pool->wake_fd, F_DUPFD_CLOEXEC, 0);
     }
