@@ -179,16 +179,28 @@ close_memory(struct reap *reap)
 static void
 read_footprint(struct reap *reap)
 {
-    close_memory(reap);
-    reap->memory = procfs_open_memory(reap->pid);
-    reap->has_footprint = procfs_read_status(reap->pid, &reap->before) == 0;
-    pid_t user = reap->has_footprint ? reap->before.user : 0;
+    struct procfs_status now;
+    int memory = procfs_open_memory(reap->pid);
+    bool is_read = procfs_read_status(reap->pid, &now) == 0;
+    pid_t user = is_read ? now.user : 0;
     if (user != reap->pid) {
         /* Older kernels open it all the same, and then call it unused. */
-        close_memory(reap);
-        if (user != 0) {
-            reap->memory = procfs_open_memory(user);
+        if (memory >= 0) {
+            close(memory);
         }
+        memory = user != 0 ? procfs_open_memory(user) : -1;
+    }
+    if (user == 0 && reap->terminated != 0) {
+        /* It has let go of its memory since SIGTERM: what that was, and who
+         * else uses it, is known from before.
+         */
+        return;
+    }
+    close_memory(reap);
+    reap->memory = memory;
+    reap->has_footprint = is_read;
+    if (is_read) {
+        reap->before = now;
     }
 }
 
