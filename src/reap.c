@@ -157,6 +157,11 @@ static enum reap_progress
 check_no_memory(struct reap *reap)
 {
     if (is_ended(reap)) {
+        if (reap->send && reap->terminated == 0 &&
+            sys_pidfd_send_signal(reap->pidfd, 0) < 0 && errno == ESRCH)
+        {
+            return refuse(reap, ESRCH); /* what was read is a stranger's */
+        }
         return conclude(reap);
     }
     struct procfs_stat stat;
