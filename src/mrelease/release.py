@@ -77,8 +77,9 @@ class Release(Value):
     attempts   how often process_mrelease(2) was called
     locks      'free': no robust lock was held; 'held'; 'unknown': the caller
                may not look into the victim, or had no file descriptor left to
-               look at its threads; it was released all the same; 'ignored':
-               not looked for
+               look at its threads: it was released all the same; or (with a
+               Reaper) the victim ended before it was looked at; 'ignored': not
+               looked for
     raised     whether the dying victim was given a better scheduling, or had
                the best already
 
