@@ -490,7 +490,9 @@ def reaper_not_closed(stack: ExitStack) -> Case:
             time.sleep(0)
 
     warnings.simplefilter("ignore", ResourceWarning)
-    return Case(2_000, [drop], [])
+    # Of how many stacks it keeps the table of thread-local storage (1.1 KiB)
+    # depends on how many threads were there at the same time.
+    return Case(2_000, [drop], [], caches=8192)
 
 
 def reaper_kill_refused(stack: ExitStack) -> Case:
