@@ -98,7 +98,7 @@ enum {
 struct report {
     enum locks locks;
     bool looked;
-    int calls;                  /* 0: there was no release */
+    bool tried;                 /* there was a release */
     int err;
     int64_t entered;
     int64_t at;
@@ -163,7 +163,6 @@ struct worker {
     /* Under the lock of the pool. */
     struct job *job;
     enum task task;
-    bool idle;
     bool stuck;                 /* and not counted as busy any more */
     bool made;
     bool exited;
@@ -494,7 +493,6 @@ take_idle(struct pool *pool, int cpu)
     }
     struct worker *worker = *best;
     *best = worker->next_idle;
-    worker->idle = false;
     return worker;
 }
 
@@ -630,7 +628,7 @@ release(struct job *job, struct report *report)
         int rc = sys_process_mrelease(job->reap.pidfd, 0);
         int err = rc < 0 ? errno : 0;
         if (err != EINVAL || sent == SENT) {
-            report->calls = 1;
+            report->tried = true;
             report->err = err;
             report->entered = now;
             report->at = reap_now();
@@ -685,7 +683,7 @@ work(struct worker *self, struct job *job, enum task task)
     lock(pool);
     report = job->report; /* did an earlier try look at the locks? */
     unlock(pool);
-    report.calls = 0;
+    report.tried = false;
     if (task == AHEAD_OF_KILL) {
         work_ahead(self, job, &report);
     }
@@ -709,7 +707,6 @@ park(struct worker *self)
     struct pool *pool = self->pool;
 
     self->cpu = sched_getcpu();
-    self->idle = true;
     self->next_idle = pool->idle;
     pool->idle = self;
     unlock(pool);
@@ -732,7 +729,6 @@ wake_all(struct pool *pool)
     while (pool->idle != NULL) {
         struct worker *worker = pool->idle;
         pool->idle = worker->next_idle;
-        worker->idle = false;
         atomic_store(&worker->go, 1);
         wake(worker);
     }
@@ -979,9 +975,9 @@ take_news(struct pool *pool, struct job *job)
         if (report.locks == LOCKS_HELD) {
             reap_withhold(reap);
         }
-        else if (report.calls > 0) {
+        else if (report.tried) {
             job->entered = report.entered;
-            reap_tried(reap, report.calls, report.err, report.at);
+            reap_tried(reap, report.err, report.at);
         }
     }
     if (heard != 0) {

@@ -13,7 +13,7 @@
  * file descriptor but those that a look at /proc needs for a moment.
  *
  * Every function may be called from any thread.  After fork() a child has no
- * threads: there, pool_open() says POOL_FORKED, and nothing else is asked.
+ * threads: there, pool_state() says POOL_FORKED, and nothing else is asked.
  */
 
 #ifndef MRELEASE_POOL_H

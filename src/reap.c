@@ -448,10 +448,9 @@ reap_withhold(struct reap *reap)
 }
 
 void
-reap_tried(struct reap *reap, int calls, int err, int64_t at)
+reap_tried(struct reap *reap, int err, int64_t at)
 {
     note_attempt(reap, err, at);
-    reap->attempts += calls - 1;
 }
 
 /* SIGKILL, and the release if it is not withheld. */

@@ -129,9 +129,9 @@ reap_struck(struct reap *reap, int err, int64_t at);
 void
 reap_withhold(struct reap *reap);
 
-/* process_mrelease() was called so often, and gave err or 0 at this time. */
+/* process_mrelease() was called, and gave err or 0 at this time. */
 void
-reap_tried(struct reap *reap, int calls, int err, int64_t at);
+reap_tried(struct reap *reap, int err, int64_t at);
 
 /* Once SIGKILL went out: raise the victim, if that was not tried yet. */
 void
