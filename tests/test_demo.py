@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import cgroups
 import mrelease
 import victims
 from kernel_errors import KILL, Do, answered
-from mrelease import demo
+from mrelease import demo, stage
 from mrelease.meter import (
     AvailableMeter,
     CgroupMeter,
@@ -34,10 +33,19 @@ from mrelease.meter import (
     open_meter,
     room,
 )
+from mrelease.stage import Stage
+from shows import (
+    Running,
+    descendants,
+    groups_of,
+    python_for_all,
+    skip_if_noisy,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import cgroups
     from conftest import Unprivileged
 
     Answered = Callable[[dict[str, int | Do]], answered]
@@ -71,89 +79,26 @@ def run(mib: int, give_up: float = 15.0, **env: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-def skip_if_noisy(err: str) -> None:
-    """Without a memory cgroup, what others do is measured too."""
-    if "MemAvailable" in err and "too much else is going on" in err:
-        pytest.skip(err)
-
-
-def descendants(pid: int) -> set[int]:
-    found: set[int] = set()
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                found |= {int(child)} | descendants(int(child))
-    return found
-
-
 def policy(pid: int) -> int | None:
     with contextlib.suppress(ProcessLookupError):
         return os.sched_getscheduler(pid)
     return None
 
 
-class Running:
-    """A demo that has a victim, starved, with all that belongs to it."""
-
-    def __init__(self, mib: int = 64) -> None:
-        self.popen = subprocess.Popen(
-            [*PYTHON, code(mib)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            victims.wait_until(lambda: self.victim() is not None, "a victim")
-        except BaseException:
-            self.popen.kill()
-            self.popen.communicate()
-            raise
-        self.pids = descendants(self.popen.pid)
-        self.pidfds = []
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                self.pidfds.append(os.pidfd_open(pid))
-
-    def victim(self) -> int | None:
-        for pid in descendants(self.popen.pid):
-            if policy(pid) == os.SCHED_IDLE:
-                return pid
-        assert self.popen.poll() is None, self.popen.communicate()
-        return None
-
-    def all_ended(self, timeout: float) -> bool:
-        deadline = time.monotonic() + timeout
-        for fd in self.pidfds:
-            left = max(0.0, deadline - time.monotonic())
-            if not select.select([fd], [], [], left)[0]:
-                return False
-        return True
-
-    def close(self) -> None:
-        self.popen.kill()
-        self.popen.communicate()
-        for fd in self.pidfds:
-            os.close(fd)
+def starved_demo(mib: int = 64) -> Running:
+    """Run it until it has a starved victim."""
+    return Running(
+        [*PYTHON, code(mib)], lambda pid: policy(pid) == os.SCHED_IDLE
+    )
 
 
 @pytest.fixture
 def running() -> Iterator[Running]:
-    started = Running()
+    started = starved_demo()
     try:
         yield started
     finally:
         started.close()
-
-
-def groups_of(pid: int) -> list[Path]:
-    """Control groups that a demo made."""
-    found = []
-    for name in ("memory", "cgroup2"):
-        root = cgroups.mounted(name)
-        if root is not None:
-            found += list(root.rglob(f"mrelease-{pid}-*"))
-    return found
 
 
 # --------------------------------------------------------- what it shows
@@ -210,7 +155,7 @@ def test_the_plain_kill_is_given_up_and_shown_as_not_yet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A kill that never comes is as good as one that takes too long.
-    monkeypatch.setattr("mrelease.demo.os.kill", lambda *_: None)
+    monkeypatch.setattr(demo, "kill_alone", lambda _: None)
     begun = time.monotonic()
     demo.demo(size=16 * MIB, give_up=0.5)
     assert time.monotonic() - begun < 14  # it would be 15 of its own
@@ -236,7 +181,9 @@ def test_the_victim_is_starved_by_twice_as_many_processes_as_cpus(
         )
     except TimeoutError:
         pytest.fail("not nice 19")
-    busy = descendants(running.popen.pid) - {victim}
+    # One more only waits for the busy ones: their parent.
+    busy = {pid for pid in descendants(running.popen.pid) - {victim}
+            if not descendants(pid)}  # fmt: skip
     assert len(busy) == 2 * len(os.sched_getaffinity(0))
     assert {os.sched_getscheduler(pid) for pid in busy} == {os.SCHED_OTHER}
     own = os.getpriority(os.PRIO_PROCESS, running.popen.pid)
@@ -264,7 +211,7 @@ def groups_and_cpus(pid: int) -> tuple[str, ...]:
 
 def test_victim_and_busy_processes_compete_in_the_same_groups() -> None:
     for _ in range(20):
-        with contextlib.closing(Running()) as running:
+        with contextlib.closing(starved_demo()) as running:
             running.popen.send_signal(signal.SIGSTOP)
             victim = running.victim()
             if victim is None:
@@ -285,8 +232,7 @@ def test_victim_and_busy_processes_compete_in_the_same_groups() -> None:
 
 
 def test_the_victim_holds_private_memory_that_is_touched() -> None:
-    with demo._Stage(32 * MIB) as stage:
-        child = stage.victim()
+    with Stage() as stage, stage.make("starved", 32 * MIB) as child:
         status = victims.status_of(child.pid)
         assert int(status["RssAnon"].split()[0]) * 1024 >= 32 * MIB
 
@@ -369,9 +315,9 @@ def test_killed_it_takes_busy_processes_and_victims_with_it(
 
 def test_killed_it_takes_a_victim_with_it_that_was_not_killed_yet() -> None:
     program = (
-        "from mrelease import demo\n"
-        "with demo._Stage(16 << 20) as stage:\n"
-        "    print(stage.victim().pid, flush=True); input()"
+        "from mrelease.stage import Stage\n"
+        "with Stage() as stage, stage.make('starved', 16 << 20) as victim:\n"
+        "    print(victim.pid, flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program],
@@ -400,7 +346,7 @@ def test_after_an_error_nothing_is_left(
     def broken(pid: int) -> str:
         raise RuntimeError(f"no starving of {pid}")
 
-    monkeypatch.setattr(demo, "_starve", broken)
+    monkeypatch.setattr(stage, "starve", broken)
     before = descendants(os.getpid())
     with pytest.raises(RuntimeError, match="no starving"):
         demo.demo(size=16 * MIB)
@@ -438,21 +384,6 @@ def test_two_demos_at_once() -> None:
 
 
 # ------------------------------------------------- without rights or room
-
-
-def python_for_all() -> str | None:
-    """A Python that every user may run; the children are plain enough."""
-    for name in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        found = shutil.which(name)
-        if found is None:
-            continue
-        with contextlib.suppress(PermissionError):
-            subprocess.run(
-                [found, "-I", "-S", "-c", "import mmap"], check=True,
-                user=65534, group=65534, extra_groups=[],
-            )  # fmt: skip
-            return found
-    return None
 
 
 def test_an_ordinary_user_sees_it_too_and_what_is_different(
@@ -539,9 +470,9 @@ def test_a_victim_that_gets_no_memory_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        demo, "_VICTIM",
+        stage, "_VICTIM",
         "import resource as r; r.setrlimit(r.RLIMIT_AS, (1 << 29, 1 << 29))\n"
-        + demo._VICTIM,
+        + stage._VICTIM,
     )  # fmt: skip
     assert demo.demo(size=1 << 30) == 1
     assert "a victim of 1.0 GiB cannot be made: " in capsys.readouterr().err
@@ -606,22 +537,23 @@ def test_a_cgroup_meter_counts_the_victim_and_what_it_gives_back() -> None:
             pytest.skip(f"no memory cgroup: {error}")
     made.close()
 
-    with demo._Stage(64 * MIB) as stage:
-        if not stage.meter.exact:
-            pytest.skip(stage.why_not_better)
-        before = stage.meter.read()
-        victim = stage.victim()
-        held = stage.meter.read() - before
-        assert 64 * MIB <= held < 80 * MIB
-        limit = before + int(64 * MIB * stage.meter.slack)
-        with Watch(stage.meter, limit, give_up=30) as watch:
-            assert watch.looks > 0
-            begun = monotonic_ns()
-            mrelease.kill(victim.pid)
-            seconds = watch.wait(begun)
-        assert seconds is not None
-        assert 0 < seconds < 30
-        assert stage.meter.read() <= limit
+    with Stage() as shown:
+        meter = shown.meter
+        if not meter.exact:
+            pytest.skip(shown.why_not_better)
+        before = meter.read()
+        with shown.make("starved", 64 * MIB) as victim:
+            held = meter.read() - before
+            assert 64 * MIB <= held < 80 * MIB
+            limit = before + int(64 * MIB * meter.slack)
+            with Watch(meter, limit, give_up=30) as watch:
+                assert watch.looks > 0
+                begun = monotonic_ns()
+                mrelease.kill(victim.pid)
+                seconds = watch.wait(begun)
+            assert seconds is not None
+            assert 0 < seconds < 30
+            assert meter.read() <= limit
         assert watch.gap > 0
 
 

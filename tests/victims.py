@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, TypedDict, Unpack
 
 from cgroups import Freezer, Group, Guard, Quota, Unavailable
+from mrelease.holds import Disk, find_tool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -385,84 +386,6 @@ def _finishing(victim: Process) -> Iterator[Process]:
 # ------------------------------------------------- what a victim may need
 
 
-class Disk:
-    """An ext4 file system of its own on a loop device, to be frozen."""
-
-    def __init__(self, mib: int = 64) -> None:
-        if os.geteuid() != 0:
-            raise Unavailable("mounting a file system needs root")
-        for tool in ("mkfs.ext4", "mount", "umount", "fsfreeze"):
-            if _which(tool) is None:
-                raise Unavailable(f"{tool} is not installed")
-        self._folder = Path(tempfile.mkdtemp(prefix="mrelease-disk-"))
-        self._folder.chmod(0o755)
-        image = self._folder / "image"
-        self.path = self._folder / "mounted"
-        self.path.mkdir()
-        with image.open("wb") as f:
-            f.truncate(mib * MIB)
-        self.frozen = False
-        self.owner = os.getpid()
-        try:
-            self._tool("mkfs.ext4", "-q", "-F", str(image))
-            self._tool(
-                "mount", "-t", "ext4", "-o", "loop", str(image), str(self.path)
-            )
-        except Unavailable:
-            shutil.rmtree(self._folder)
-            raise
-        self._guard = Guard(
-            'PATH="$PATH:/usr/sbin:/sbin"; '
-            'fsfreeze -u "$1/mounted" 2>/dev/null; i=0; '
-            'until umount "$1/mounted" 2>/dev/null; do i=$((i + 1)); '
-            '[ $i -gt 500 ] && { umount "$1/mounted"; exit 1; }; '
-            'sleep 0.02; done; rm -r "$1"',
-            str(self._folder),
-        )
-        self.path.chmod(0o1777)
-
-    @staticmethod
-    def _tool(name: str, *args: str) -> None:
-        done = subprocess.run(
-            [_which(name) or name, *args],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise Unavailable(f"{name} fails: {done.stderr.strip()}")
-
-    def _ioctl(self, request: int) -> None:
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.ioctl(fd, request, 0)
-        finally:
-            os.close(fd)
-
-    def freeze(self) -> None:
-        try:
-            self._ioctl(0xC0045877)  # FIFREEZE
-        except OSError as e:
-            raise Unavailable(f"can not freeze ext4: {e.strerror}") from None
-        self.frozen = True
-
-    def thaw(self) -> None:
-        if self.frozen:
-            self._ioctl(0xC0045878)  # FITHAW
-            self.frozen = False
-
-    def empty(self) -> None:
-        for path in self.path.iterdir():
-            if path.is_file():
-                path.unlink()
-
-    def close(self) -> None:
-        self._guard.close()
-
-
-def _which(tool: str) -> str | None:
-    path = os.environ.get("PATH", os.defpath)
-    return shutil.which(tool, path=f"{path}:/usr/sbin:/sbin")
-
-
 _idle_disks: list[Disk] = []
 
 
@@ -491,7 +414,7 @@ class Swap:
         if not control.exists():
             raise Unavailable("swap: no /sys/class/zram-control (zram)")
         for tool in ("mkswap", "swapon", "swapoff"):
-            if _which(tool) is None:
+            if find_tool(tool) is None:
                 raise Unavailable(f"swap: {tool} is not installed")
         try:
             index = control.read_text().strip()
@@ -509,9 +432,9 @@ class Swap:
         try:
             wait_until(self.device.exists, f"{self.device}", 10)
             Path(f"/sys/block/zram{index}/disksize").write_text(f"{mib}M")
-            Disk._tool("mkswap", str(self.device))
+            Disk.tool("mkswap", str(self.device))
             # The first that is used, if there are others.
-            Disk._tool("swapon", "-p", "32000", str(self.device))
+            Disk.tool("swapon", "-p", "32000", str(self.device))
         except BaseException as e:
             self._guard.close()
             if isinstance(e, OSError):

@@ -12,264 +12,20 @@ Nothing outlives the demo: all it starts ends with it, even if it is killed.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
 import shutil
-import signal
-import subprocess
 import sys
 from errno import EPIPE
-from time import monotonic_ns
 
 from mrelease.footprint import in_units
 from mrelease.killing import kill
-from mrelease.meter import Meter, Watch, open_meter, room
+from mrelease.meter import room
+from mrelease.stage import Impossible, Measure, Stage, kill_alone
 from mrelease.support import Support, support
-from mrelease.victim import Victim
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
-    from mrelease.release import Release
 
 _MIB = 1 << 20
 _LARGEST = 1024 * _MIB
 _SMALLEST = 16 * _MIB
-
-# All children are plain Python without site: `python -I -S -c`.  Each waits
-# for a line first, until it is in its group, and ends when its input does,
-# which is when the demo ends, however it ends.
-
-# Looks up every few milliseconds of its CPU time.  One program that forks,
-# since hundreds of CPUs would take hundreds of interpreters to start.
-_BUSY = """\
-import os, sys
-os.read(0, 1) or sys.exit()
-first, count = os.getpid(), 1
-for _ in range(int(sys.argv[1]) - 1):
-    try:
-        child = os.fork()
-    except OSError:
-        break
-    if child == 0:
-        break
-    count += 1
-if os.getpid() == first:
-    print("ready", count, flush=True)
-os.set_blocking(0, False)
-while True:
-    for _ in range(50000):
-        pass
-    try:
-        if not os.read(0, 1):
-            break
-    except BlockingIOError:
-        pass
-while os.getpid() == first:
-    try:
-        os.wait()
-    except ChildProcessError:
-        break
-"""
-
-# Small pages, since huge ones are taken down so fast that there is little to
-# see.  Should memory run out all the same, this is the one to be killed.
-_VICTIM = """\
-import mmap, os, sys
-os.read(0, 1) or sys.exit()
-try:
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-except OSError:
-    pass
-try:
-    memory = mmap.mmap(
-        -1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )
-    try:
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    except (AttributeError, OSError):
-        pass
-    piece = b"m" * (1 << 20)
-    for _ in range(len(memory) // len(piece)):
-        memory.write(piece)
-except (MemoryError, OSError) as error:
-    print("error", error, flush=True)
-else:
-    print("ready", flush=True)
-    os.read(0, 1)
-"""
-
-
-class Impossible(Exception):
-    """The demo cannot be shown here; the text says why."""
-
-
-class _Child:
-    """A Python program that ends when its input does."""
-
-    def __init__(self, what: str, program: str, argument: int) -> None:
-        self._what = what
-        if not sys.executable:
-            raise Impossible("this Python does not know its own program")
-        try:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", program, str(argument)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                # At Ctrl-C each would print a traceback.
-                stderr=subprocess.DEVNULL,
-            )
-        except OSError as error:
-            raise Impossible(f"{what} cannot be started: {error}") from None
-        self.pid = self._popen.pid
-
-    def go(self) -> list[str]:
-        """Let it begin, and wait until it is ready; what it said."""
-        assert self._popen.stdin is not None
-        assert self._popen.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._popen.stdin.write(b"\n")
-            self._popen.stdin.flush()
-        if not select.select([self._popen.stdout], [], [], 120)[0]:
-            raise Impossible(f"{self._what} is not ready after 120 s")
-        word, _, rest = self._popen.stdout.readline().decode().partition(" ")
-        if word.strip() != "ready":
-            why = rest.strip() or "it ended at once"
-            raise Impossible(f"{self._what} cannot be made: {why}")
-        return rest.split()
-
-    def close_input(self) -> None:
-        assert self._popen.stdin is not None
-        # A byte that was never read may be in the buffer.
-        with contextlib.suppress(BrokenPipeError):
-            self._popen.stdin.close()
-
-    def end(self) -> None:
-        """See to it that it ends, and wait for that, 10 s at most."""
-        assert self._popen.stdout is not None
-        self.close_input()
-        self._popen.stdout.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(10)
-            return
-        self._popen.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(10)
-
-    def kill(self) -> None:
-        """Send SIGKILL, if it has not been waited for."""
-        self._popen.kill()
-
-
-class _Stage:
-    """The meter, the busy processes and the victims; all end with it."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.cpus = len(os.sched_getaffinity(0))
-        self.starved_by = ""
-        self._victims: list[_Child] = []
-        self._meter: Meter | None = None
-        wanted = 2 * self.cpus
-        self._busy = _Child("busy process", _BUSY, wanted)
-        try:
-            self.meter, self.why_not_better = open_meter(self._busy.pid)
-            self._meter = self.meter
-            self.busy = int(self._busy.go()[0])
-        except BaseException:
-            self.close()
-            raise
-
-    def victim(self) -> _Child:
-        """Make a victim: its memory touched, and starved."""
-        size = in_units(self.size)
-        child = _Child(f"a victim of {size}", _VICTIM, self.size)
-        self._victims.append(child)
-        self.meter.add(child.pid)
-        child.go()
-        with contextlib.suppress(OSError), Victim(child.pid) as victim:
-            held = victim.footprint()
-            if held.anon + held.swap < self.size:
-                raise Impossible(f"a victim of {size} holds only {held}")
-        self.starved_by = _starve(child.pid)
-        return child
-
-    def measure(self, give_up: float, *, with_mrelease: bool) -> _Measure:
-        """Kill a new victim, and watch its memory come back."""
-        before = self.meter.read()
-        child = self.victim()
-        held = self.meter.read() - before
-        if held < self.size / 2:
-            raise Impossible(
-                f"{self.meter.name} shows {in_units(max(0, held))} for a "
-                f"victim of {in_units(self.size)}: too much else is going on"
-            )
-        limit = before + int(held * self.meter.slack)
-        release = None
-        with Watch(self.meter, limit, give_up=give_up) as watch:
-            begun = monotonic_ns()
-            if with_mrelease:
-                release = kill(child.pid)
-            else:
-                os.kill(child.pid, signal.SIGKILL)
-            seconds = watch.wait(begun)
-        if seconds is None:
-            # So that its memory is not there when the next one is made.
-            with contextlib.suppress(OSError), Victim(child.pid) as victim:
-                victim.release()
-        return _Measure(seconds, watch, release)
-
-    def close(self) -> None:
-        """End all that was started: the busy ones first, for the others."""
-        for child in self._victims:
-            child.kill()
-        self._busy.close_input()
-        for child in [self._busy, *self._victims]:
-            child.end()
-        if self._meter is not None:
-            self._meter.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class _Measure:
-    """How long it took; None: it was given up."""
-
-    def __init__(
-        self, seconds: float | None, watch: Watch, release: Release | None
-    ) -> None:
-        self.seconds = seconds
-        self.watch = watch
-        self.release = release
-
-
-def _starve(pid: int) -> str:
-    """Take the CPU from a process as far as may be; by what, in words."""
-    done = []
-    try:
-        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-        done.append("SCHED_IDLE")
-    except OSError:
-        pass
-    try:
-        os.setpriority(os.PRIO_PROCESS, pid, 19)
-        done.append("nice 19")
-    except OSError:
-        pass
-    return ", ".join(done) or "not starved, which is not permitted here"
 
 
 # ------------------------------------------------------------- the words
@@ -384,7 +140,7 @@ def _fitting() -> int:
     return size
 
 
-def _precision(measures: list[_Measure]) -> str:
+def _precision(measures: list[Measure]) -> str:
     looks = sum(measure.watch.looks for measure in measures)
     gap = max(measure.watch.gap for measure in measures)
     return (
@@ -400,7 +156,7 @@ def _show(size: int, give_up: float) -> int:
         "get any CPU. How long until the memory is back?",
         "",
     )
-    with _Stage(size) as stage:
+    with Stage() as stage:
         _say(
             f"Linux {os.uname().release}, {stage.cpus} usable CPUs, "
             f"{stage.busy} busy processes.",
@@ -415,10 +171,10 @@ def _show(size: int, give_up: float) -> int:
                 f"{stage.why_not_better}.",
             )
         _say("", f"First, SIGKILL alone (given up after {give_up:g} s) ...")
-        alone = stage.measure(give_up, with_mrelease=False)
-        _say(f"The victim was starved by: {stage.starved_by}.")
+        alone = stage.measure("starved", size, kill_alone, give_up)
+        _say(f"The victim was starved by: {alone.starved_by}.")
         _say("Second, mrelease.kill() ...")
-        released = stage.measure(give_up, with_mrelease=True)
+        released = stage.measure("starved", size, kill, give_up)
         rows = [
             ("SIGKILL alone", alone.seconds),
             ("mrelease", released.seconds),
@@ -429,7 +185,7 @@ def _show(size: int, give_up: float) -> int:
             *chart(rows, give_up, width, blocks=_can_print("█▏▎▍▌▋▊▉")),
             "",
             verdict(alone.seconds, released.seconds, give_up),
-            str(released.release),
+            str(released.result),
             _precision([alone, released]),
         )
     return 0 if released.seconds is not None else 1

@@ -132,6 +132,7 @@ class CgroupMeter(Meter):
 
     def _make(self, version: int, parent: str, pid: int) -> None:
         _sweep(parent)
+        self.version: int = version
         self.path: str = (
             f"{parent}/mrelease-{os.getpid()}-{next(self._numbers)}"
         )
