@@ -1,4 +1,4 @@
-"""The command: mrelease kill, mrelease support, mrelease demo.
+"""The command: mrelease kill, support, demo, bench.
 
 `mrelease kill` prints a line for each victim and exits with the highest of
 
@@ -13,7 +13,8 @@ With --dry-run nothing is sent, and 1 means that a kill would not release.
 
 `mrelease support` exits with 0 if a kill can be followed by a release, with 1
 if not or if that is not known.  `mrelease demo` exits with 0 if the memory was
-back, with 1 if not or if it cannot be shown.
+back, with 1 if not or if it cannot be shown; `mrelease bench` with 0 if it was
+measured, with 1 if it cannot be.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from mrelease.progress import Progress, WatchedReaper
 from mrelease.protocol import Terms, may_signal, refusal
 from mrelease.release import Outcome, Release
 from mrelease.selection import find_group, find_tree, kill_group, kill_tree
+from mrelease.signals import Stopped, not_now, stoppable
 from mrelease.support import Feature, support
 from mrelease.victim import Victim
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from types import FrameType
     from typing import Literal, TextIO
 
     from mrelease.cgroup import CgroupRelease
@@ -84,58 +85,21 @@ exit code:
   1  it was not, or the demo cannot be shown here"""
 
 
-class Stopped(BaseException):
-    """SIGINT, SIGTERM or SIGHUP came: finish, and say what was done."""
+_BENCH_EPILOG = """\
+Kinds of victims: asleep, spinning, threads (64 of them), starved, quota (2 %
+of a CPU), disk (waiting for one: D state), frozen, swapped, shared.  Methods:
+sigkill (alone), call (SIGKILL, then process_mrelease), kill, reaper.  What
+cannot be had here is left out, and it says why.
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.code: int = 128 + signum
+No victim gets more than half of the free memory.  All that is started or
+changed (processes, control groups, a mount) ends with the benchmark, however
+that ends.  Ctrl-C: what was measured by then is shown.
 
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Raise Stopped at the first signal, and take no notice of the next.
-
-    Not even afterwards: a signal in the last moments of the interpreter would
-    end it with another exit code than the one that tells what happened.
-    """
-    before = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    # Ignored ones were ignored by who started this: nohup, a shell's "&".
-    caught = [n for n, action in before.items() if action != signal.SIG_IGN]
-
-    stopped = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        del frame
-        stopped = True
-        for each in caught:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(number)
-
-    try:
-        for number in caught:
-            signal.signal(number, stop)
-        yield
-    finally:
-        if not stopped:
-            for number in caught:
-                signal.signal(number, before[number])
-
-
-@contextlib.contextmanager
-def _not_now() -> Iterator[None]:
-    """Keep those signals back while the block runs."""
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    )
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+exit code:
+  0  it was measured
+  1  it cannot be measured here
+  2  wrong usage; nothing was started
+  128 + N  interrupted by signal N"""
 
 
 def _silence(stream: TextIO) -> None:
@@ -341,7 +305,7 @@ def _kill_pids(args: argparse.Namespace, pids: list[int]) -> int:
             pinned.append((pid, victim))
         if args.dry_run:
             return _dry_run(args, pinned)
-        with _not_now():  # its thread keeps them back for good
+        with not_now():  # its thread keeps them back for good
             progress = stack.enter_context(_progress(args, reaper))
         return _kill_pinned(args, pinned, reaper, progress)
 
@@ -360,7 +324,7 @@ def _kill_pinned(
     try:
         if reaper is not None:
             # If that has no file descriptors left: one by one.
-            with _not_now(), contextlib.suppress(OSError):
+            with not_now(), contextlib.suppress(OSError):
                 found = reaper.kill_many(
                     victims,
                     grace=args.grace,
@@ -452,7 +416,7 @@ def _kill_each(args: argparse.Namespace, targets: Sequence[int | str]) -> int:
         if args.dry_run:
             return _dry_run_each(args, ready)
         reaper = _reaper(stack)
-        with _not_now():
+        with not_now():
             progress = stack.enter_context(_progress(args, reaper))
         for turn, (target, victims) in enumerate(ready):
             try:
@@ -657,7 +621,46 @@ def _demo(args: argparse.Namespace) -> int:
         raise
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from mrelease.bench import Plan, bench
+
+    parser: argparse.ArgumentParser = args.parser
+    try:
+        plan = Plan(
+            args.kinds,
+            args.methods,
+            args.sizes,
+            count=args.n,
+            seed=args.seed,
+            give_up=args.give_up,
+            quick=args.quick,
+        )
+        return bench(plan, json_file=args.json, chart=args.chart)
+    except ValueError as error:
+        parser.error(f"{error}; nothing was started")
+    except Stopped:
+        _tell("\ninterrupted; all that was started has ended", sys.stderr)
+        raise
+
+
 # ------------------------------------------------------------ the parser
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _sizes(text: str) -> list[int]:
+    found = []
+    for word in _words(text):
+        number, gib = word.removesuffix("G"), word.endswith("G")
+        number = number.removesuffix("M")
+        if not (number.isascii() and number.isdigit()):
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is no size: 64, 64M and 1G are (MiB, MiB, GiB)"
+            )
+        found.append(int(number) << (30 if gib else 20))
+    return found
 
 
 def _pid(text: str) -> int:
@@ -777,6 +780,44 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     show.set_defaults(run=_demo)
+
+    measure = commands.add_parser(
+        "bench",
+        help="compare ways to kill for kinds of victims: does it pay here?",
+        description="Kill victims of many kinds in several ways, in an order "
+        "by chance, and\ncompare how long it takes until the memory is back.",
+        epilog=_BENCH_EPILOG,
+        formatter_class=raw,
+    )
+    measure.add_argument(
+        "--quick", action="store_true", help="few small ones, in a minute"
+    )
+    measure.add_argument(
+        "--kinds", metavar="LIST", type=_words, help="of victims, with commas"
+    )
+    measure.add_argument(
+        "--methods", metavar="LIST", type=_words, help="ways to kill"
+    )
+    measure.add_argument(
+        "--sizes", metavar="LIST", type=_sizes,
+        help="of a victim: MiB, or with M or G (default: 64M,1G; quick: 64M)",
+    )  # fmt: skip
+    measure.add_argument(
+        "--n", type=int, metavar="N", help="kills of each (7; quick: 3)"
+    )
+    measure.add_argument(
+        "--seed", type=int, help="of the order; printed in each run"
+    )
+    measure.add_argument(
+        "--give-up", type=_seconds, metavar="S",
+        help="memory that is not back then is never back (5; quick: 1)",
+    )  # fmt: skip
+    measure.add_argument("--json", metavar="FILE", help="write all values")
+    measure.add_argument(
+        "--chart", metavar="FILE",
+        help="draw a chart (.svg, .png; needs mrelease[bench])",
+    )  # fmt: skip
+    measure.set_defaults(run=_bench, parser=measure)
     return parser
 
 
@@ -786,7 +827,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit for wrong usage (2), --help and --version (0).
     """
     try:
-        with _stoppable():
+        with stoppable():
             args = _parser().parse_args(argv)
             code: int = args.run(args)
             return code
