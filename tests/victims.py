@@ -64,6 +64,8 @@ class Options(TypedDict, total=False):
     private_memfd: int
     shared_memfd: int
     hugetlb: int  # a count of huge pages of 2 MiB
+    thp: str  # on or off: transparent huge pages in the anonymous memory
+    vmas: int  # so many mappings of the anonymous memory, not one
     mlock: bool
     swap: bool  # page the anonymous memory out
     spin: bool

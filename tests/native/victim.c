@@ -55,6 +55,7 @@
 #endif
 
 #define MIB ((size_t)1 << 20)
+#define HUGE ((size_t)2 << 20)  /* of x86-64, and arm64 with 4 KiB pages */
 #define THREAD_STACK ((size_t)64 << 10)
 #define LOCK_READY 0x6d72656cu
 
@@ -70,7 +71,8 @@ static struct {
     const char *robust, *robust_wait, *robust_churn;
     const char *fsync_loop;
     const char *sigterm;
-    unsigned long threads;
+    const char *thp;
+    unsigned long threads, vmas;
     long trace;
     int mlock, swap, spin, idle, sharer, zombie_leader, core;
     int robust_pi, robust_in_thread, core_handler;
@@ -232,12 +234,73 @@ map_memfd(size_t size, int shared)
     close(fd);
 }
 
+/* Private anonymous memory that begins where a huge page may. */
+static unsigned char *
+map_aligned(size_t size)
+{
+    unsigned char *p = map(size + HUGE, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS, -1, "anon");
+    size_t before = (HUGE - (uintptr_t)p % HUGE) % HUGE;
+    if ((before > 0 && munmap(p, before) < 0) ||
+        munmap(p + before + size, HUGE - before) < 0)
+    {
+        die("munmap");
+    }
+    return p + before;
+}
+
+/* Makes one mapping many.  The kernel merges neighbours that are alike, so
+   each second one is marked as not to be inherited by a fork.  Before the
+   touch: then each gets an anon_vma of its own, as mappings do that a
+   program makes one by one. */
+static void
+split(unsigned char *p, size_t size, unsigned long count)
+{
+    size_t pages = size / page;
+    if (count > pages) {
+        errno = EINVAL;
+        die("--vmas");
+    }
+    for (unsigned long i = 1; i < count; i += 2) {
+        size_t from = pages * i / count;
+        size_t to = pages * (i + 1) / count;
+        if (madvise(p + from * page, (to - from) * page, MADV_DONTFORK) < 0) {
+            die("MADV_DONTFORK");
+        }
+    }
+    fact("vmas", count);
+}
+
+static void
+set_thp(unsigned char *p, size_t size, const char *how)
+{
+    int on = strcmp(how, "on") == 0;
+    if (!on && strcmp(how, "off") != 0) {
+        errno = EINVAL;
+        die("--thp");
+    }
+    /* A kernel without them says EINVAL, and has none: that is "off". */
+    if (madvise(p, size, on ? MADV_HUGEPAGE : MADV_NOHUGEPAGE) < 0 && on) {
+        die("MADV_HUGEPAGE");
+    }
+}
+
 static void
 make_memory(void)
 {
     if (want.anon > 0) {
-        unsigned char *p = map(want.anon, PROT_READ | PROT_WRITE,
-                               MAP_PRIVATE | MAP_ANONYMOUS, -1, "anon");
+        unsigned char *p;
+        if (want.thp != NULL) {
+            p = map_aligned(want.anon);
+            set_thp(p, want.anon, want.thp);
+        }
+        else {
+            p = map(want.anon, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS, -1, "anon");
+        }
+        if (want.vmas > 1) {
+            split(p, want.anon, want.vmas);
+        }
         write_touch(p, want.anon, page);
         if (want.mlock && mlock(p, want.anon) < 0) {
             die("mlock");
@@ -577,6 +640,8 @@ enum {
     PRIVATE_MEMFD,
     SHARED_MEMFD,
     HUGETLB,
+    THP,
+    VMAS,
     THREADS,
     SIGTERM_,
     ROBUST,
@@ -597,6 +662,8 @@ static const struct option options[] = {
     {"hugetlb", required_argument, NULL, HUGETLB},
     {"mlock", no_argument, &want.mlock, 1},
     {"swap", no_argument, &want.swap, 1},
+    {"thp", required_argument, NULL, THP},
+    {"vmas", required_argument, NULL, VMAS},
     {"threads", required_argument, NULL, THREADS},
     {"spin", no_argument, &want.spin, 1},
     {"idle", no_argument, &want.idle, 1},
@@ -659,6 +726,12 @@ read_options(int argc, char **argv)
             break;
         case HUGETLB:
             want.hugetlb = number(optarg);
+            break;
+        case THP:
+            want.thp = optarg;
+            break;
+        case VMAS:
+            want.vmas = number(optarg);
             break;
         case THREADS:
             want.threads = number(optarg);
