@@ -321,12 +321,13 @@ def in_turns(
 
 
 @functools.cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="mrelease-bench-"))
-    folder.chmod(0o755)  # they may run as another user
+def folder() -> Path:
+    """A folder of this run, removed at its end, however it ends."""
+    path = Path(tempfile.mkdtemp(prefix="mrelease-bench-"))
+    path.chmod(0o755)  # they may run as another user
     # Removes it also if we are killed.
-    atexit.register(Guard('rm -r "$1"', str(folder)).close)
-    return folder
+    atexit.register(Guard('rm -r "$1"', str(path)).close)
+    return path
 
 
 @functools.cache
@@ -337,7 +338,7 @@ def build(name: str) -> Path:
     )[0]
     if shutil.which(compiler) is None:
         compiler = "cc"
-    program = _folder() / name
+    program = folder() / name
     subprocess.run(
         [compiler, "-std=c11", "-D_GNU_SOURCE", "-O2", "-pthread",
          f"-I{HERE.parent / 'src'}", str(HERE / f"{name}.c"), "-o",
@@ -518,10 +519,15 @@ class Back(NamedTuple):
     """In nanoseconds of the monotonic clock; None if it gave up."""
     looks: int
     gap: float
+    ended: int | None = None
+    """When all had ended that were to be watched; None if it gave up."""
 
 
 class Watcher:
-    """Tells when the memory of a group is back: see watch.c."""
+    """Tells when the memory of a group is back: see watch.c.
+
+    And when all of some processes have ended, if it is to.
+    """
 
     def __init__(self, meter: Meter, pause: float) -> None:
         self._program = Program("watch")
@@ -534,16 +540,18 @@ class Watcher:
         self._file = meter.path / file
         self.pause = pause
 
-    def begin(self, limit: int, give_up: float) -> None:
+    def begin(
+        self, limit: int, give_up: float, pids: Sequence[int] = ()
+    ) -> None:
         said = self._program.ask(
             f"{self._file} {limit} {int(give_up * 1e9)} "
-            f"{int(self.pause * 1e9)}"
+            f"{int(self.pause * 1e9)} {len(pids)} " + " ".join(map(str, pids))
         )
         assert said == "looking", said
 
     def end(self) -> Back:
-        when, looks, gap = self._program.answer().split()
-        return Back(int(when) or None, int(looks), int(gap) / 1e9)
+        when, looks, gap, ended = map(int, self._program.answer().split())
+        return Back(when or None, looks, gap / 1e9, ended or None)
 
     def close(self) -> None:
         self._program.kill()  # it may be looking
