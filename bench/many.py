@@ -53,17 +53,33 @@ class Shots(NamedTuple):
     cpu: float
     """Seconds of CPU time of the killer, all its threads."""
     outcomes: dict[str, int]
+    signalled: float | None
+    """Seconds until the last SIGKILL was sent, where it is known."""
+    released: float | None
+    """... and until the last release was done; None: there was none."""
 
 
-def _handler(kill: Callable[[list[int]], list[str]]) -> Handler:
+def _handler(
+    kill: Callable[[list[int]], list[mrelease.Release]],
+    *,
+    together: bool = True,
+) -> Handler:
+    """together: all times of the releases began with the one call."""
+
     def handle(pids: list[int]) -> Shots:
         before = _cpu()
         begun = monotonic_ns()
-        outcomes = kill(pids)
+        found = kill(pids)
         returned = (monotonic_ns() - begun) / 1e9
+        outcomes = [each.outcome.value for each in found]
+        times = found if together else []
         return Shots(
             begun, returned, _cpu() - before,
             {name: outcomes.count(name) for name in set(outcomes)},
+            max((each.signalled for each in times if each.signalled),
+                default=None if found else returned),
+            max((each.released for each in times if each.released),
+                default=None),
         )  # fmt: skip
 
     return handle
@@ -75,7 +91,7 @@ def _cpu() -> float:
 
 
 def _make_signals() -> tuple[Handler, str]:
-    def kill(pids: list[int]) -> list[str]:
+    def kill(pids: list[int]) -> list[mrelease.Release]:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         return []
@@ -84,16 +100,15 @@ def _make_signals() -> tuple[Handler, str]:
 
 
 def _make_one_by_one() -> tuple[Handler, str]:
-    def kill(pids: list[int]) -> list[str]:
-        return [mrelease.kill(pid).outcome.value for pid in pids]
+    def kill(pids: list[int]) -> list[mrelease.Release]:
+        return [mrelease.kill(pid) for pid in pids]
 
-    return _handler(kill), "in the calling thread"
+    return _handler(kill, together=False), "in the calling thread"
 
 
 def _make_kill_many() -> tuple[Handler, str]:
-    def kill(pids: list[int]) -> list[str]:
-        found = mrelease.kill_many(pids, timeout=60)
-        return [each.outcome.value for each in found]
+    def kill(pids: list[int]) -> list[mrelease.Release]:
+        return mrelease.kill_many(pids, timeout=60)
 
     return _handler(kill), "a Reaper of its own for each call"
 
@@ -102,9 +117,9 @@ def _make_reaper(policy: Policy) -> Maker:
     def make() -> tuple[Handler, str]:
         reaper = new_reaper(policy)
 
-        def kill(pids: list[int]) -> list[str]:
+        def kill(pids: list[int]) -> list[mrelease.Release]:
             reapings = reaper.kill_many(pids, timeout=60)
-            return [each.result(120).outcome.value for each in reapings]
+            return [each.result(120) for each in reapings]
 
         return _handler(kill), str(reaper.scheduling)
 

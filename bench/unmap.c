@@ -1,23 +1,28 @@
 /* The limit: a process that gives back memory of its own.
  *
- *     unmap MIB THREADS
+ *     unmap MIB THREADS [on|off]
  *
  * maps and touches so much private memory, in a piece for each thread (1 to
- * 8), says "ready", and unmaps it at the first line on stdin, each thread its
+ * 8), with transparent huge pages or without (else as the machine has it),
+ * says "ready", and unmaps it at the first line on stdin, each thread its
  * piece.  Then it prints when it began and when all had ended, in nanoseconds
  * of CLOCK_MONOTONIC, and ends with its stdin.
  */
 
 #include <inttypes.h>           /* PRId64 */
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdio.h>
+#include <stdint.h>             /* uintptr_t */
 #include <stdlib.h>             /* strtoul() */
+#include <string.h>             /* strcmp() */
 #include <sys/mman.h>
 #include <unistd.h>             /* sysconf() */
 
 #include "clock.h"
 
 #define MOST 8
+#define HUGE ((size_t)2 << 20)
 
 static pthread_barrier_t barrier;
 static size_t piece;
@@ -30,14 +35,37 @@ unmap(void *memory)
     return NULL;
 }
 
+/* Begins where a huge page may. */
+static char *
+map_piece(const char *huge_pages)
+{
+    char *memory = mmap(NULL, piece + HUGE, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) {
+        return NULL;
+    }
+    memory += (HUGE - (uintptr_t)memory % HUGE) % HUGE;
+    if (huge_pages != NULL) {
+        int on = strcmp(huge_pages, "on") == 0;
+        /* A kernel without them refuses, and has none: that is "off". */
+        if (madvise(memory, piece, on ? MADV_HUGEPAGE : MADV_NOHUGEPAGE) < 0 &&
+            on)
+        {
+            return NULL;
+        }
+    }
+    return memory;
+}
+
 int
 main(int argc, char **argv)
 {
-    size_t mib = argc == 3 ? strtoul(argv[1], NULL, 10) : 0;
+    bool given = argc == 3 || argc == 4;
+    size_t mib = given ? strtoul(argv[1], NULL, 10) : 0;
     unsigned int threads =
-        argc == 3 ? (unsigned int)strtoul(argv[2], NULL, 10) : 0;
+        given ? (unsigned int)strtoul(argv[2], NULL, 10) : 0;
     if (mib == 0 || threads == 0 || threads > MOST) {
-        fputs("usage: unmap MIB THREADS\n", stderr);
+        fputs("usage: unmap MIB THREADS [on|off]\n", stderr);
         return 2;
     }
     piece = (mib << 20) / threads;
@@ -46,10 +74,9 @@ main(int argc, char **argv)
     char *memory[MOST];
     pthread_t thread[MOST];
     for (unsigned int i = 0; i < threads; i++) {
-        memory[i] = mmap(NULL, piece, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (memory[i] == MAP_FAILED) {
-            perror("unmap: mmap");
+        memory[i] = map_piece(argc == 4 ? argv[3] : NULL);
+        if (memory[i] == NULL) {
+            perror("unmap: memory");
             return 1;
         }
         for (size_t at = 0; at < piece; at += page) {

@@ -216,6 +216,7 @@ class Side(Protocol):
     """Whoever kills: a process that waits to be told whom."""
 
     said: str
+    pid: int
 
     def shoot(self, pid: int) -> Shot: ...
 
@@ -227,6 +228,7 @@ class _InC:
         self.said = "SCHED_FIFO 1" if "fifo" in args else "normal priority"
         self._alone = "signal" in args
         self._program = common.Program("killer", *args, user=user)
+        self.pid = self._program.pid
 
     def shoot(self, pid: int) -> Shot:
         begun, signalled, done, err, calls, ended = map(
@@ -259,6 +261,7 @@ class _InPython:
     def __init__(self, user: User, make: Maker) -> None:
         self._helper = Helper(make, user)
         self.said = self._helper.said
+        self.pid = self._helper.pid
 
     def shoot(self, pid: int) -> Shot:
         return Shot(*self._helper.ask(pid))
