@@ -42,7 +42,8 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
 .DEFAULT_GOAL := help
 .PHONY: help demo test storm lint format types analyze wheels vm clean \
     native asan free-threaded \
-    bench-overhead bench-late bench-back bench-latency bench-many
+    bench-overhead bench-late bench-back bench-latency bench-many \
+    bench-growth
 .DELETE_ON_ERROR:
 # The Python that is run must be this tree's, whatever the shell has set.
 unexport PYTHONPATH PYTHONHOME
@@ -187,6 +188,9 @@ bench-latency: $(VENV)/built ## how soon SIGKILL leaves
 
 bench-many: $(VENV)/built ## many victims at once
 	@$(PY) bench/many.py $(ARGS)
+
+bench-growth: $(VENV)/built ## how the time of a kill grows with the victim
+	@$(PY) bench/growth.py $(ARGS)
 
 vm: $(VENV)/built $(VENV)/group-test ## run tests on other kernels (QEMU)
 	@echo "== A kernel without the system call"
