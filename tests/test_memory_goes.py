@@ -145,6 +145,46 @@ def test_mlocked_memory_of_a_held_victim_is_gone(
         assert meter.usage() < 2 * MIB
 
 
+def test_memory_in_many_mappings_of_a_held_victim_is_gone(
+    meter: Meter, kill: Kill
+) -> None:
+    with victims.held(64, vmas=5000, groups=[meter]) as victim:
+        # The kernel did not merge them.
+        assert len(mappings(victim)) > 5000
+        assert victim.rss_anon() >= 64 * MIB
+        release = kill(victim.pid)
+        assert release.outcome is Outcome.RELEASED
+        assert release.freed
+        assert not victim.ended()
+        assert victim.rss_anon() == 0
+        # The mappings themselves are left: some 0.4 KiB each.
+        assert meter.usage() < 8 * MIB
+
+
+def transparent(victim: victims.Process) -> int:
+    """Bytes in transparent huge pages."""
+    text = Path(f"/proc/{victim.pid}/smaps_rollup").read_text()
+    found = next(x for x in text.splitlines() if x.startswith("AnonHuge"))
+    return int(found.split()[1]) * 1024
+
+
+@pytest.mark.parametrize("thp", ["on", "off"])
+def test_transparent_huge_pages_of_a_held_victim_are_gone(
+    meter: Meter, kill: Kill, thp: str
+) -> None:
+    with victims.held(64, thp=thp, groups=[meter]) as victim:
+        if thp == "off":
+            assert transparent(victim) == 0
+        elif transparent(victim) < 32 * MIB:
+            pytest.skip("the kernel gave no transparent huge pages")
+        release = kill(victim.pid)
+        assert release.outcome is Outcome.RELEASED
+        assert release.freed
+        assert not victim.ended()
+        assert victim.rss_anon() == 0
+        assert meter.usage() < 2 * MIB
+
+
 def test_private_file_mappings_of_a_held_victim_are_gone(
     data: Path, other: Path, kill: Kill
 ) -> None:
