@@ -54,6 +54,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from debian import Suite, Unreachable, by_number  # noqa: E402
 
 MISSING = 69
 NO_RESULT = 70
@@ -61,7 +64,6 @@ NO_KERNEL = 75
 TIMEOUT = 124
 
 SUITES = ("bullseye", "bookworm", "trixie", "sid")
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 # lzo-rle is what zram compresses with by default up to 6.1; nothing depends
 # on it by name. What a kernel has built in, or lacks, is left out.
@@ -95,31 +97,6 @@ def fail(code: int, message: str) -> NoReturn:
 
 
 # -- Kernels -----------------------------------------------------------------
-
-
-def mirror() -> str:
-    """The address that apt here uses for Debian's own packages."""
-    chosen = os.environ.get("MRELEASE_VM_MIRROR")
-    if chosen:
-        return chosen
-    filters = ("Created-By: Packages", "Origin: Debian", "Label: Debian")
-    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", *filters]
-    known = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=False
-    ).stdout.split()
-    if not known:
-        fail(
-            NO_KERNEL,
-            "apt here knows no Debian mirror: run apt-get update,"
-            " or set MRELEASE_VM_MIRROR",
-        )
-    return known[0]
-
-
-def by_number(version: str) -> list[tuple[int, str]]:
-    """Sort key: 6.12 is newer than 6.9."""
-    parts = re.findall(r"(\d*)(\D*)", version)
-    return [(int(digits or 0), rest) for digits, rest in parts]
 
 
 def normal(module: str) -> str:
@@ -156,39 +133,12 @@ def unpack_modules(tree: Path, target: Path) -> None:
         unpack(normal(name))
 
 
-def apt_options(home: Path, suite: str, kind: str = "deb") -> list[str]:
-    """What makes apt use one suite only, with lists of its own in home.
-
-    kind is 'deb', or 'deb-src' for source packages.
-    """
-    lists = home / "lists"
-    (lists / "partial").mkdir(parents=True, exist_ok=True)
-    options = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
-    source = home / "sources.list"
-    source.write_text(f"{kind} {options}{mirror()} {suite} main\n")
-    settings = (
-        f"Dir::Etc::sourcelist={source}",
-        "Dir::Etc::sourceparts=-",
-        f"Dir::State::lists={lists}",
-        "Dir::State::status=/dev/null",
-        f"Dir::Cache={home}",
-        "Acquire::Languages=none",
-        "Acquire::Check-Valid-Until=false",  # an archived suite stands still
-        "APT::Sandbox::User=",
-        "APT::Architecture=amd64",
-        "APT::Architectures=amd64",
-    )
-    return [word for setting in settings for word in ("-o", setting)]
-
-
 def fetch(home: Path, suite: str) -> None:
     """Put the suite's newest kernel that can be downloaded into home."""
-    apt = apt_options(home, suite)
+    apt = Suite(home, suite)
     print(f"looking for the kernel of {suite}", flush=True)
-    subprocess.run(["apt-get", *apt, "-qq", "update"], check=True)
-    names = subprocess.check_output(
-        ["apt-cache", *apt, "pkgnames", "linux-"], text=True
-    ).split()
+    apt.update()
+    names = apt.cache("pkgnames", "linux-").split()
     packages: dict[str, dict[str, str]] = {}
     for name in names:
         match = re.fullmatch(
@@ -211,17 +161,10 @@ def fetch(home: Path, suite: str) -> None:
             continue
         with tempfile.TemporaryDirectory(dir=home) as name:
             work = Path(name)
-            got = subprocess.run(
-                ["apt-get", *apt, "-qq", "download", *wanted],
-                cwd=work,
-                check=False,
-            )
-            if got.returncode:
-                continue
             tree, ready = work / "tree", work / "ready"
+            if not apt.unpack(wanted, work, tree):
+                continue
             ready.mkdir()
-            for package in work.glob("*.deb"):
-                subprocess.run(["dpkg-deb", "-x", package, tree], check=True)
             (image,) = tree.rglob("vmlinuz*")
             shutil.copy(image, ready / "vmlinuz")
             unpack_modules(tree, ready)
@@ -241,7 +184,7 @@ def kernel_of(suite: str, cache: Path, update: bool) -> Kernel:
         if update or not list(home.glob("*/vmlinuz")):
             try:
                 fetch(home, suite)
-            except subprocess.CalledProcessError as error:
+            except (subprocess.CalledProcessError, Unreachable) as error:
                 fail(NO_KERNEL, f"{suite}: {error}")
         images = sorted(
             home.glob("*/vmlinuz"), key=lambda path: by_number(str(path))
