@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
+    from namespaces import PidNamespace
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
 TIMEOUT = 60.0
@@ -55,6 +57,7 @@ class Options(TypedDict, total=False):
     """What a victim has and does besides; sizes in MiB."""
 
     groups: Sequence[Group]
+    pid_namespace: PidNamespace  # it alone: what is done for it is not in it
     cwd: str | os.PathLike[str]
     user: int  # run as this uid and gid, no other groups
     file: str | os.PathLike[str]  # private mapping, read
@@ -168,7 +171,7 @@ class Process:
         if threads != 1:
             argv += ["--threads", str(threads)]
         for name, value in options.items():
-            if name in ("groups", "cwd", "user"):
+            if name in ("groups", "pid_namespace", "cwd", "user"):
                 continue
             flag = "--" + name.replace("_", "-")
             if value is True:
@@ -180,17 +183,19 @@ class Process:
         for group in reversed(options.get("groups", ())):
             argv = group.enter(argv)
         user = options.get("user")
-        self.popen = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,  # the victim ends with it: victim.c
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            cwd=options.get("cwd"),
-            user=user,
-            group=user,
-            extra_groups=None if user is None else [],
-        )
+        namespace = options.get("pid_namespace")
+        with namespace.entered() if namespace else contextlib.nullcontext():
+            self.popen = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,  # the victim ends with it: victim.c
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                cwd=options.get("cwd"),
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
+            )
         self.pid = self.popen.pid
         self.pidfd = os.pidfd_open(self.pid)
         self.facts: dict[str, int] = {}
