@@ -14,167 +14,32 @@ does is measured first.
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
-import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import common
-import victims
-from cgroups import Meter, Unavailable
-from common import (
-    BACK,
-    MIB,
-    Back,
-    Load,
-    Program,
-    Run,
-    Spread,
-    User,
-    Watcher,
-    in_ms,
-    in_turns,
-    settled,
-    size_text,
-    users,
+from cgroups import Unavailable
+from common import BACK, Run, Spread, in_ms, in_turns, size_text, users
+from measure import (
+    KINDS,
+    LIMITS,
+    Bench,
+    Job,
+    available,
+    spread_text,
+    tell_ratios,
+    tell_times,
 )
-from ways import WAYS, Shot, Side, legend
+from ways import WAYS, Side, legend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-
-class Kind(NamedTuple):
-    text: str
-    make: Callable[..., victims.Process]
-    options: victims.Options = {}  # noqa: RUF012 - never changed
-    threads: int = 1
-    busy: bool = False
-    patient: bool = True
-    """SIGKILL alone does not take for ever."""
-    sized: bool = False
-    """Of all sizes; the others of one."""
-
-
-KINDS = {
-    "asleep": Kind("1 thread asleep", victims.asleep, sized=True),
-    "spinning": Kind("1 thread spinning", victims.spinning, sized=True),
-    "8": Kind("8 threads asleep", victims.asleep, threads=8, sized=True),
-    "starved": Kind(
-        "starved (SCHED_IDLE)", victims.asleep, {"idle": True}, busy=True,
-        patient=False,
-    ),
-    "quota": Kind("CPU quota 2 %", victims.on_quota),
-    "d": Kind("D state", victims.in_d_state, patient=False),
-    "frozen": Kind("frozen (v1)", victims.frozen, patient=False),
-    "shared": Kind("shared memory", victims.asleep),
-}  # fmt: skip
+VICTIMS = tuple(name for name in KINDS if name != "64")
 THESE = ("signal", "c", "kill", "reaper-auto", "reaper", "reaper-fifo")
-SHORT_GIVE_UP = 2.0
-"""Seconds, for SIGKILL alone where it never ends."""
-LIMITS = {1: "munmap, 1 thread", 2: "munmap, 2 threads"}
 OURS = ("kill", "reaper-auto", "reaper-fifo")
 """Of which something is wanted."""
-
-
-class Job(NamedTuple):
-    kind: str
-    mib: int
-    way: str
-    """One of ways.py, or unmap-1, unmap-2."""
-
-
-class Found(NamedTuple):
-    seconds: float | None
-    """None: it was given up."""
-    gap: float
-    """The longest time between two looks."""
-    own: float | None
-    """What the unmapping process measured itself."""
-    shot: Shot | None
-
-
-class Bench:
-    def __init__(
-        self,
-        run: Run,
-        sides: dict[str, Side],
-        user: User,
-        give_up: float,
-    ) -> None:
-        self.found: dict[Job, list[Found]] = {}
-        self.meter = Meter()
-        run.stack.callback(self.meter.close)
-        self.watcher = Watcher(self.meter, run.args.pause * 1e-3)
-        run.stack.callback(self.watcher.close)
-        self.load = Load(run.cpus)
-        run.stack.callback(self.load.close)
-        self._sides = sides
-        self._user = user
-        self._give_up = give_up
-
-    def do(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            found = (
-                self.unmap(job.mib, int(job.way[-1]))
-                if job.way.startswith("unmap")
-                else self._kill(job)
-            )
-            self.found.setdefault(job, []).append(found)
-
-    def unmap(self, mib: int, threads: int, *, watched: bool = True) -> Found:
-        before = settled(self.meter)
-        with Program(
-            "unmap", str(mib), str(threads), groups=[self.meter]
-        ) as program:
-            held = self.meter.usage() - before
-            time.sleep(0.003)
-            if watched:
-                self.watcher.begin(before + int(held * BACK), self._give_up)
-            begun, ended = map(int, program.ask("").split())
-            back = self.watcher.end() if watched else Back(None, 0, 0.0)
-        return Found(
-            back.when and (back.when - begun) / 1e9,
-            back.gap,
-            (ended - begun) / 1e9,
-            None,
-        )
-
-    def give_up(self, kind: Kind) -> float:
-        if kind.patient or kind.busy:
-            return self._give_up
-        return min(SHORT_GIVE_UP, self._give_up)
-
-    def _kill(self, job: Job) -> Found:
-        kind = KINDS[job.kind]
-        options = kind.options.copy()
-        options["groups"] = [self.meter]
-        if self._user.uid is not None:
-            options["user"] = self._user.uid
-        mib = job.mib
-        if job.kind == "shared":
-            options["shared_anon"] = mib
-            mib = 0
-        before = settled(self.meter)
-        give_up = self.give_up(kind)
-        with kind.make(mib, threads=kind.threads, **options) as victim:
-            held = self.meter.usage() - before
-            if held < job.mib * MIB * 0.9:
-                # What was there before came back only now.
-                held = job.mib * MIB
-                before = self.meter.usage() - held
-            try:
-                self.load.switch(kind.busy)
-                time.sleep(0.003)
-                self.watcher.begin(before + int(held * BACK), give_up)
-                shot = self._sides[job.way].shoot(victim.pid)
-                back = self.watcher.end()
-            finally:
-                self.load.switch(False)
-        return Found(
-            back.when and (back.when - shot.begun) / 1e9, back.gap, None, shot
-        )
 
 
 def watch_costs(bench: Bench, rounds: int, mib: int) -> None:
@@ -208,12 +73,6 @@ def watch_costs(bench: Bench, rounds: int, mib: int) -> None:
     )  # fmt: skip
 
 
-def spread_text(found: Spread) -> str:
-    if math.isinf(found.median):
-        return "never"
-    return f"{in_ms(found.median)} ({in_ms(found.low)}-{in_ms(found.high)})"
-
-
 def tell(run: Run, bench: Bench, jobs: Sequence[Job]) -> None:
     found = bench.found
     ways = [*(w for w in THESE if any(j.way == w for j in found)),
@@ -223,25 +82,12 @@ def tell(run: Run, bench: Bench, jobs: Sequence[Job]) -> None:
         for job in jobs
         if job in found
     }
-    rows = []
-    for kind, mib in dict.fromkeys((job.kind, job.mib) for job in jobs):
-        if kind == "unmap":
-            continue
-        row = [f"{KINDS[kind].text}, {size_text(mib)}"]
-        for way in ways:
-            key = (
-                Job("unmap", mib, way)
-                if way.startswith("unmap")
-                else Job(kind, mib, way)
-            )
-            row.append(spread_text(times[key]) if key in times else "")
-        rows.append(row)
     counts = sorted({spread.n for spread in times.values()})
-    common.table(
+    tell_times(
         f"From the kill to {BACK:.0%} of the memory left, in ms: median "
         "(quartiles)",
-        ("victim", *ways),
-        rows,
+        times,
+        ways,
     )
     print(
         f"{counts[0]} to {counts[-1]} kills each. never: not within "
@@ -267,39 +113,18 @@ def tell(run: Run, bench: Bench, jobs: Sequence[Job]) -> None:
             outcomes={o: outcomes.count(o) for o in set(outcomes)},
             found=some,
         )  # fmt: skip
-    _tell_ratios(times, ways)
-    _tell_aims(bench, times)
-
-
-def _ratio(found: Spread | None, base: Spread | None) -> str:
-    if found is None or base is None or math.isinf(found.median):
-        return ""
-    if math.isinf(base.median):
-        return "0"
-    ratio = found.median / base.median
-    return f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.2f}"
-
-
-def _tell_ratios(times: dict[Job, Spread], ways: Sequence[str]) -> None:
-    victims_of = dict.fromkeys(
-        (job.kind, job.mib) for job in times if job.kind != "unmap"
+    tell_ratios(
+        times,
+        ways,
+        (
+            ("Ratio to munmap with one thread", "unmap-1"),
+            (
+                "Ratio to SIGKILL alone (less is faster; 0: to never)",
+                "signal",
+            ),
+        ),
     )
-
-    def of(kind: str, mib: int, way: str) -> Spread | None:
-        kind = "unmap" if way.startswith("unmap") else kind
-        return times.get(Job(kind, mib, way))
-
-    for title, base in (
-        ("Ratio to munmap with one thread", "unmap-1"),
-        ("Ratio to SIGKILL alone (less is faster; 0: to never)", "signal"),
-    ):
-        rows = [
-            [f"{KINDS[kind].text}, {size_text(mib)}",
-             *(_ratio(of(kind, mib, way), of(kind, mib, base))
-               for way in ways)]
-            for kind, mib in victims_of
-        ]  # fmt: skip
-        common.table(title, ("victim", *ways), rows)
+    _tell_aims(bench, times)
 
 
 def _tell_aims(bench: Bench, times: dict[Job, Spread]) -> None:
@@ -368,7 +193,7 @@ def main() -> None:
     parser.add_argument(
         "--pause", type=float, default=0.1, help="ms between two looks"
     )
-    for name, known in (("victims", tuple(KINDS)), ("ways", THESE)):
+    for name, known in (("victims", VICTIMS), ("ways", THESE)):
         parser.add_argument(
             f"--{name}", type=common.words(known), metavar="LIST",
             default=",".join(known),
@@ -412,14 +237,9 @@ def main() -> None:
             watch_costs(bench, 2 if quick else 9, 64 if quick else 1024)
         jobs = []
         for name in args.victims:
-            kind = KINDS[name]
-            options = kind.options
-            try:
-                with kind.make(1, threads=kind.threads, **options):
-                    pass
-            except Unavailable as why:
-                print(f"{kind.text}: left out: {why}")
+            if not available(name):
                 continue
+            kind = KINDS[name]
             these = (
                 sizes
                 if kind.sized
