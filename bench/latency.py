@@ -5,16 +5,11 @@ entered and has succeeded, for many kills of small victims: the killing
 process alone, with 8 busy threads of Python in it, and beside two busy
 processes for each CPU. Compared are the Reaper, mrelease.kill() in the
 calling thread, and what one writes without them: a Python thread with a
-queue that sends the signal and calls process_mrelease(2).
+queue that sends the signal and calls process_mrelease(2) by ctypes.
 """
 
 from __future__ import annotations
 
-import errno as errnos
-import os
-import queue
-import select
-import signal
 import threading
 import time
 from time import monotonic_ns
@@ -33,7 +28,7 @@ from common import (
     quantile,
     users,
 )
-from ways import Helper, Shot, new_reaper, of_reaping, of_release
+from ways import Helper, Shot, Worker, new_reaper, of_reaping, of_release
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,52 +106,9 @@ def _make_kill() -> tuple[Handler, str]:
     return _handler(kill), "in the calling thread"
 
 
-class _Worker:
-    """What one writes: a thread, a queue, the two calls."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.Queue[tuple[int, int]] = queue.Queue()
-        self._done: queue.Queue[Shot] = queue.Queue()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def kill(self, pid: int) -> Shot:
-        self._jobs.put((pid, monotonic_ns()))
-        return self._done.get()
-
-    def _run(self) -> None:
-        while True:
-            self._done.put(self._kill(*self._jobs.get()))
-
-    @staticmethod
-    def _kill(pid: int, begun: int) -> Shot:
-        pidfd = os.pidfd_open(pid)
-        signalled = monotonic_ns()
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        entered = monotonic_ns()
-        code = 0
-        try:
-            mrelease.process_mrelease(pidfd)
-        except OSError as error:
-            code = error.errno or 0
-        done = monotonic_ns()
-        ended = bool(select.select([pidfd], [], [], 0)[0])
-        os.close(pidfd)
-        late = code == errnos.ESRCH
-        return Shot(
-            begun,
-            (signalled - begun) / 1e9,
-            (entered - begun) / 1e9,
-            None if code else (done - begun) / 1e9,
-            ("exited" if ended else "exiting") if late
-            else errnos.errorcode[code] if code else "released",
-            code or None,
-            1,
-            late and not ended,
-        )  # fmt: skip
-
-
 def _make_worker() -> tuple[Handler, str]:
-    return _handler(_Worker().kill), "a thread of Python"
+    worker = Worker()
+    return _handler(worker.kill), worker.said
 
 
 class Way(NamedTuple):

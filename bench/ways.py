@@ -14,10 +14,12 @@ import gc
 import json
 import os
 import platform
+import queue
 import select
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
@@ -308,20 +310,22 @@ class Libc:
             return ctypes.get_errno()
         return 0
 
-
-def _make_ctypes() -> tuple[Handler, str]:
-    libc = Libc()
-
-    def shoot(pid: int) -> Shot:
-        begun = monotonic_ns()
+    def shoot(
+        self, pid: int, begun: int, kill: Callable[[int], None] | None = None
+    ) -> Shot:
+        """Open a pidfd, kill (by it, unless said otherwise), release."""
         pidfd = os.pidfd_open(pid)
         try:
             signalled = monotonic_ns()
-            libc.kill(pidfd)
+            if kill is None:
+                self.kill(pidfd)
+            else:
+                kill(pid)
+            entered = monotonic_ns()
             attempts = 0
             code = errnos.EAGAIN
             while code in (errnos.EAGAIN, errnos.EINTR):
-                code = libc.release(pidfd)
+                code = self.release(pidfd)
                 attempts += 1
             done = monotonic_ns()
             ended = bool(select.select([pidfd], [], [], 0)[0])
@@ -336,7 +340,7 @@ def _make_ctypes() -> tuple[Handler, str]:
         return Shot(
             begun,
             (signalled - begun) / 1e9,
-            None,
+            (entered - begun) / 1e9,
             (done - begun) / 1e9 if code == 0 else None,
             outcome,
             code or None,
@@ -344,7 +348,43 @@ def _make_ctypes() -> tuple[Handler, str]:
             code == errnos.ESRCH and not ended,
         )
 
+
+def _make_ctypes() -> tuple[Handler, str]:
+    libc = Libc()
+
+    def shoot(pid: int) -> Shot:
+        return libc.shoot(pid, monotonic_ns())
+
     return shoot, f"normal priority, {libc.how}"
+
+
+class Worker:
+    """What one writes without the package: a thread, a queue, ctypes."""
+
+    def __init__(self) -> None:
+        self._libc = Libc()
+        self._jobs: queue.Queue[tuple[int, int]] = queue.Queue()
+        self._done: queue.Queue[Shot] = queue.Queue()
+        self.said = f"a thread of Python, {self._libc.how}"
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def kill(self, pid: int) -> Shot:
+        self._jobs.put((pid, monotonic_ns()))
+        return self._done.get()
+
+    def _run(self) -> None:
+        while True:
+            pid, begun = self._jobs.get()
+            self._done.put(self._libc.shoot(pid, begun, _os_kill))
+
+
+def _os_kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def _make_worker() -> tuple[Handler, str]:
+    worker = Worker()
+    return worker.kill, worker.said
 
 
 def _make_reaper(policy: Policy) -> Maker:
@@ -383,6 +423,10 @@ WAYS = {
     ),
     "ctypes": Way(
         "ctypes, two calls", lambda user: _InPython(user, _make_ctypes)
+    ),
+    "thread": Way(
+        "thread and queue, ctypes",
+        lambda user: _InPython(user, _make_worker),
     ),
     "kill": Way("mrelease.kill()", lambda user: _InPython(user, _make_kill)),
     "reaper": Way(
