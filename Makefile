@@ -43,7 +43,7 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
 .PHONY: help demo test storm lint format types analyze wheels vm clean \
     native asan free-threaded \
     bench-overhead bench-late bench-back bench-latency bench-many \
-    bench-growth
+    bench-growth bench-peers
 .DELETE_ON_ERROR:
 # The Python that is run must be this tree's, whatever the shell has set.
 unexport PYTHONPATH PYTHONHOME
@@ -188,6 +188,9 @@ bench-latency: $(VENV)/built ## how soon SIGKILL leaves
 
 bench-many: $(VENV)/built ## many victims at once
 	@$(PY) bench/many.py $(ARGS)
+
+bench-peers: $(VENV)/built ## beside earlyoom, nohang, pkill and ctypes
+	@$(PY) bench/peers.py $(ARGS)
 
 bench-growth: $(VENV)/built ## how the time of a kill grows with the victim
 	@$(PY) bench/growth.py $(ARGS)

@@ -84,6 +84,7 @@ class PidNamespace:
         assert self._first.stdout is not None
         assert self._first.stderr is not None
         self.pid = self._first.pid
+        self._started: list[subprocess.Popen[bytes]] = []
         self._namespace = -1
         try:
             try:
@@ -134,6 +135,7 @@ class PidNamespace:
                 **options,  # type: ignore[call-overload]
             )
         assert isinstance(popen, subprocess.Popen)
+        self._started.append(popen)
         return popen
 
     def pids(self) -> set[int]:
@@ -200,16 +202,17 @@ class PidNamespace:
                 raise NotAlone(f"process {peer} has {target} of outside")
 
     def close(self) -> None:
-        """End it, and all that are in it."""
+        """End it, and what was started in it; victims are to be closed."""
         assert self._first.stdin is not None
         assert self._first.stdout is not None
         assert self._first.stderr is not None
+        # The first process ends only when all others have been waited for,
+        # and these are our children.
+        for popen in self._started:
+            popen.kill()
+            popen.wait()
         self._first.stdin.close()
-        try:
-            self._first.wait(10.0)
-        except subprocess.TimeoutExpired:
-            self._first.kill()
-            self._first.wait()
+        self._first.wait(60.0)
         self._first.stdout.close()
         self._first.stderr.close()
         os.close(self._own)
