@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -121,7 +122,8 @@ class PidNamespace:
     ) -> subprocess.Popen[bytes]:
         """Run a program in both namespaces; a child of this process.
 
-        options: stdin, stdout and stderr as of Popen.
+        It is in both when this returns, or has ended. options: stdin, stdout
+        and stderr as of Popen.
         """
         # No fork: the pid is that of the program.
         command = ["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", "--wd=/"]
@@ -136,6 +138,14 @@ class PidNamespace:
             )
         assert isinstance(popen, subprocess.Popen)
         self._started.append(popen)
+        mounts = os.stat(f"/proc/{self.pid}/ns/mnt").st_ino
+        while popen.poll() is None:
+            try:
+                if os.stat(f"/proc/{popen.pid}/ns/mnt").st_ino == mounts:
+                    break
+            except OSError:
+                pass  # it has just ended
+            time.sleep(0.0002)
         return popen
 
     def pids(self) -> set[int]:
