@@ -46,7 +46,7 @@ from common import (
     users,
 )
 from profile_kernel import NOTE, Perf, PerfError, Profile, no_perf
-from ways import WAYS, Helper, Side, legend
+from ways import WAYS, Helper, Standing, legend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -250,7 +250,7 @@ class Bench:
         self,
         run: Run,
         user: User,
-        sides: dict[str, Side],
+        sides: dict[str, Standing],
         helpers: dict[str, Helper],
     ) -> None:
         self.found: dict[Job, list[Found]] = {}
@@ -814,7 +814,7 @@ def _run(run: Run, user: User) -> None:
         # A zygote cannot enter a group, and be another user.
         del points["victims"]
         run.note("left out: victims", "needs --users root")
-    sides: dict[str, Side] = {}
+    sides: dict[str, Standing] = {}
     helpers: dict[str, Helper] = {}
     for way in THESE:
         if way not in args.ways:

@@ -218,11 +218,16 @@ class Side(Protocol):
     """Whoever kills: a process that waits to be told whom."""
 
     said: str
-    pid: int
 
     def shoot(self, pid: int) -> Shot: ...
 
     def close(self) -> None: ...
+
+
+class Standing(Side, Protocol):
+    """One of a process of its own."""
+
+    pid: int
 
 
 class _InC:
@@ -403,7 +408,7 @@ def _make_reaper(policy: Policy) -> Maker:
 
 class Way(NamedTuple):
     text: str
-    open: Callable[[User], Side]
+    open: Callable[[User], Standing]
     privileged: bool = False
     """Only root has it."""
 
