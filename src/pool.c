@@ -71,6 +71,11 @@
  */
 #define STUCK (10 * MS)
 
+/* Whoever was killed in a batch has so long, once nobody waits for a release
+ * any more, to end unraised: most do.
+ */
+#define UNRAISED (5 * MS)
+
 /* A look at the locks for which there is no file descriptor is tried again. */
 #define FD_TRIES 50
 #define FD_PAUSE (200 * US)
@@ -198,6 +203,7 @@ struct pool {
     struct pool_scheduling got;
     int64_t next_wake;
     bool watcher_sleeps;
+    bool held;                  /* raises are due; see holds_raises() */
     bool closing;
     atomic_bool closed;         /* `closing`, to be read without the lock */
     _Atomic int64_t patience;   /* ARRIVE, or less where that was in vain */
@@ -383,6 +389,42 @@ wake_at(struct pool *pool, struct job *job, int64_t when)
     }
 }
 
+static bool
+is_realtime(const struct pool *pool)
+{
+    return scheduling_is_realtime(pool->got.attr.policy);
+}
+
+/* While releases wait for a worker nobody is raised: it would take the CPU of
+ * the workers for what they do with less.  Unless all of them are stuck, or
+ * have to wait for a CPU themselves.
+ */
+static bool
+holds_raises(const struct pool *pool)
+{
+    return pool->queue != NULL && pool->busy > 0 && is_realtime(pool);
+}
+
+/* For its driver.  Some memory comes back at the end of the victim alone. */
+static bool
+may_raise(const struct pool *pool, const struct job *job)
+{
+    return job->reap.until_end || !holds_raises(pool);
+}
+
+/* Those that were held back may be raised at that time. */
+static void
+raise_held(struct pool *pool, int64_t when)
+{
+    if (pool->held) {
+        pool->held = false;
+        if (when < pool->next_wake) {
+            pool->next_wake = when;
+            kick(pool);
+        }
+    }
+}
+
 static int64_t
 size_of(const struct job *job)
 {
@@ -437,6 +479,9 @@ leave_queue(struct pool *pool, struct job *job)
         job->after->before = job->before;
     }
     job->queued = false;
+    if (pool->queue == NULL) {
+        raise_held(pool, reap_now() + UNRAISED);
+    }
 }
 
 /* It will not be released.  What the queue has of it is given back. */
@@ -478,7 +523,7 @@ count_stuck(struct pool *pool)
 static struct worker *
 take_idle(struct pool *pool, int cpu)
 {
-    if (pool->busy >= pool->asked.threads) {
+    if (pool->busy >= pool->asked.threads || pool->idle == NULL) {
         count_stuck(pool);
     }
     if (pool->busy >= pool->asked.threads || pool->idle == NULL) {
@@ -520,7 +565,7 @@ static void
 keep_off(struct pool *pool, struct worker *worker, int cpu)
 {
     if (worker->cpu == cpu && cpu >= 0 && cpu < CPU_SETSIZE &&
-        scheduling_is_realtime(pool->got.attr.policy))
+        is_realtime(pool))
     {
         cpu_set_t others = pool->got.cpus;
         CPU_CLR((size_t)cpu, &others);
@@ -537,6 +582,9 @@ dispatch(struct pool *pool)
     while (pool->queue != NULL) {
         struct worker *worker = take_idle(pool, -1);
         if (worker == NULL) {
+            if (pool->busy == 0) {
+                raise_held(pool, 0);
+            }
             kick(pool); /* it looks for those that are stuck */
             return;
         }
@@ -881,25 +929,26 @@ send_out(struct job *job)
     }
 }
 
-/* SIGKILL was sent: what comes next.  Returns what reap_struck() does. */
-static enum reap_progress
-follow_up(struct job *job)
+/* SIGKILL was sent or failed: have it released and raised.  With the lock held;
+ * then dispatch() is due.
+ */
+static void
+hand_in(struct job *job)
 {
-    struct pool *pool = job->pool;
-    enum reap_progress progress =
-        reap_struck(&job->reap, job->kill_err, atomic_load(&job->kill_at));
-
     if (job->kill_err == 0) {
         job->reap.releasing = true;
-        lock(pool);
+        job->reap.to_raise = true;
         job->raise_due = true;
         if (job->called == NULL) {
-            queue_up(pool, job);
-            dispatch(pool);
+            queue_up(job->pool, job);
         }
-        unlock(pool);
     }
-    return progress;
+}
+
+static enum reap_progress
+struck(struct job *job)
+{
+    return reap_struck(&job->reap, job->kill_err, atomic_load(&job->kill_at));
 }
 
 static enum reap_progress
@@ -907,7 +956,11 @@ strike(struct job *job)
 {
     call_ahead(job);
     send_out(job);
-    return follow_up(job);
+    lock(job->pool);
+    hand_in(job);
+    dispatch(job->pool);
+    unlock(job->pool);
+    return struck(job);
 }
 
 /* ------------------------------------------------------------ the protocol */
@@ -957,7 +1010,7 @@ take_news(struct pool *pool, struct job *job)
     bool reported = job->reported;
     short heard = job->heard;
     bool cut = job->cut;
-    bool raise = job->raise_due && is_watcher(pool);
+    bool raise = job->raise_due && is_watcher(pool) && may_raise(pool, job);
 
     job->news = false;
     job->reported = false;
@@ -967,8 +1020,10 @@ take_news(struct pool *pool, struct job *job)
         job->raise_due = false;
     }
     bool queued = job->queued;
+    bool to_raise = job->raise_due;
     unlock(pool);
     reap->queued = queued;
+    reap->to_raise = to_raise;
     if (reported) {
         reap->releasing = false;
         reap->locks = report.locks;
@@ -1058,8 +1113,11 @@ carry_on(struct job *job, enum reap_progress progress)
         }
         if (atomic_load(&job->done) || !job->news) {
             job->driven = false;
-            if (job->raise_due) {
+            if (job->raise_due && may_raise(pool, job)) {
                 attend(pool, job); /* now it may drive it */
+            }
+            else if (job->raise_due) {
+                pool->held = true;
             }
             unlock(pool);
             return;
@@ -1160,7 +1218,7 @@ pool_submit(struct pool *pool, struct job **jobs, int count)
     }
     unlock(pool);
 
-    int struck = 0;
+    int due = 0;
     for (int i = 0; i < count; i++) {
         struct job *job = jobs[i];
         enum reap_progress progress = REAP_REFUSED;
@@ -1172,27 +1230,39 @@ pool_submit(struct pool *pool, struct job **jobs, int count)
             progress = reap_prepare(&job->reap);
         }
         if (progress == REAP_STRIKE) {
-            jobs[i] = jobs[struck];
-            jobs[struck++] = job;
+            jobs[i] = jobs[due];
+            jobs[due++] = job;
         }
         else {
             carry_on(job, progress);
         }
     }
-    qsort(jobs, (size_t)struck, sizeof(struct job *), by_size);
+    qsort(jobs, (size_t)due, sizeof(struct job *), by_size);
 
     /* Workers may be more urgent than we are, and raised victims are: none of
      * them is set to work before all have been sent their SIGKILL, but for
-     * those that are ahead of a kill, which leave one CPU to us.
+     * those that are ahead of a kill, which leave one CPU to us.  Where there
+     * is one only, a more urgent one would release before the other kills.
      */
-    for (int i = 0; i < struck && i < pool->most_ahead; i++) {
+    bool together = due > 1 && pool->alone && is_realtime(pool);
+    for (int i = 0; !together && i < due && i < pool->most_ahead; i++) {
         call_ahead(jobs[i]);
     }
-    for (int i = 0; i < struck; i++) {
+    for (int i = 0; i < due; i++) {
         send_out(jobs[i]);
     }
-    for (int i = 0; i < struck; i++) {
-        carry_on(jobs[i], follow_up(jobs[i]));
+    /* With the lock, for which more urgent threads lend us their priority: the
+     * dying would keep us from it.  All at once, so that no worker is woken
+     * for each, and none is raised while others wait.
+     */
+    lock(pool);
+    for (int i = 0; i < due; i++) {
+        hand_in(jobs[i]);
+    }
+    dispatch(pool);
+    unlock(pool);
+    for (int i = 0; i < due; i++) {
+        carry_on(jobs[i], struck(jobs[i]));
     }
     return POOL_OPEN;
 }
@@ -1306,6 +1376,12 @@ look_at_timers(struct pool *pool)
         }
         else if (job->wake_at < pool->next_wake) {
             pool->next_wake = job->wake_at;
+        }
+        if (job->raise_due && !holds_raises(pool)) {
+            attend(pool, job);
+        }
+        else if (job->raise_due) {
+            pool->held = true;
         }
     }
 }

@@ -396,10 +396,10 @@ is_dumping(const struct reap *reap)
 void
 reap_raise(struct reap *reap)
 {
-    if (!reap->tried_raise && !is_ended(reap) && is_dying(reap) &&
+    if (reap->tried_raise == 0 && !is_ended(reap) && is_dying(reap) &&
         !is_dumping(reap))
     {
-        reap->tried_raise = true;
+        reap->tried_raise = reap_now();
         reap->raised = raise_victim(reap->pidfd, reap->pid);
     }
 }
@@ -548,8 +548,13 @@ follow(struct reap *reap)
         if (is_ended(reap) && (!reap->releasing || reap->queued || is_last)) {
             return ended(reap);
         }
-        if (reap->outcome == REAP_RELEASED && !reap->until_end) {
-            until = earlier(until, reap->released + SETTLE);
+        if (reap->outcome == REAP_RELEASED && !reap->until_end &&
+            !reap->to_raise)
+        {
+            int64_t from = reap->released > reap->tried_raise
+                               ? reap->released
+                               : reap->tried_raise;
+            until = earlier(until, from + SETTLE);
         }
         if (now >= until && reap->outcome == REAP_RELEASED) {
             if (is_all_released(reap)) {

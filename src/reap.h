@@ -85,17 +85,18 @@ struct reap {
     int64_t wake_at;            /* with REAP_WAIT */
     bool releasing;             /* a release is to be reported, */
     bool queued;                /* and has not begun yet */
+    bool to_raise;              /* it will be raised: give it time to end */
 
     /* Where it is.  For reap.c alone; zero to begin with. */
     int step;
     short escalate_events;
     bool escalated;
     bool hurried;
-    bool tried_raise;
     bool retrying;
     bool was_dying;
     bool was_used;
     bool until_end;
+    int64_t tried_raise;
     int64_t pause;
     int64_t next_try;
     int64_t deadline;

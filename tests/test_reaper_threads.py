@@ -390,6 +390,52 @@ def test_on_one_cpu_all_of_it_works(threads: int) -> None:
             assert victim.wait() == -signal.SIGKILL
 
 
+@pytest.mark.needs("root")
+def test_on_one_cpu_all_are_killed_before_one_is_released() -> None:
+    cpu = min(os.sched_getaffinity(0))
+
+    def run(pids: list[int]) -> list[mrelease.Release]:
+        os.sched_setaffinity(0, {cpu})
+        with Reaper(policy="fifo") as reaper:
+            reapings = reaper.kill_many(pids)
+            return [reaping.result() for reaping in reapings]
+
+    with ExitStack() as stack:
+        made = [stack.enter_context(victims.asleep(32)) for _ in range(8)]
+        for victim in made:
+            os.sched_setaffinity(victim.pid, {cpu})
+        results = kernel_errors.in_child(run, [victim.pid for victim in made])
+        last = max(cast("float", result.signalled) for result in results)
+        released = [
+            result.released
+            for result in results
+            if result.released is not None
+        ]
+        assert released, results
+        assert min(released) > last, results
+
+
+@pytest.mark.needs("root")
+def test_the_starved_of_a_batch_are_raised_once_all_are_released() -> None:
+    with ExitStack() as stack:
+        made = [
+            stack.enter_context(victims.asleep(16, idle=True))
+            for _ in range(30)
+        ]
+        made.append(stack.enter_context(victims.starved(16)))
+        with Reaper(policy="fifo") as reaper:
+            reapings = reaper.kill_many(
+                [victim.pid for victim in made], timeout=10
+            )
+            results = [reaping.result() for reaping in reapings]
+        for result in results:
+            assert result.outcome in BACK, result
+            assert result.freed, result
+            assert result.exited is not None or result.raised, result
+        for victim in made:
+            assert victim.wait() == -signal.SIGKILL
+
+
 # ---------------------------------------------------------- wrong arguments
 
 
