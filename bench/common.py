@@ -36,6 +36,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import mrelease  # noqa: E402
 import victims  # noqa: E402
 from cgroups import Group, Guard, Meter, Unavailable  # noqa: E402
+from mrelease.closing import Closing  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -348,7 +349,7 @@ def build(name: str) -> Path:
     return program
 
 
-class Program:
+class Program(Closing):
     """A C program of ours that takes lines and answers with lines."""
 
     def __init__(
@@ -423,17 +424,6 @@ class Program:
 
     def kill(self) -> None:
         self._popen.kill()
-        self.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
         self.close()
 
 

@@ -1,9 +1,9 @@
 """What all tests share: fixtures, options, the check that all is cleaned up.
 
-Helpers, one module a concept, none of which imports the package:
-victims (processes to kill), cgroups (measure and hold them),
-kernel_errors (system calls that fail on order, functions in a child).
-And kill_ways, of which each test of a kill tries all.
+Helpers, one module a concept: victims (processes to kill), cgroups
+(measure and hold them), kernel_errors (system calls that fail on order,
+functions in a child), shows (demo and bench from outside). And kill_ways,
+of which each test of a kill tries all.
 
 A test that hangs ends the run (faulthandler, in pyproject.toml). Also
 then nothing is left behind: victims and guards see the end of Python.

@@ -20,13 +20,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import victims
+from mrelease.closing import Closing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from cgroups import Group
 
@@ -69,7 +69,7 @@ def storm(most: int = 60, pause: float = 0.004) -> str:
 _numbers = itertools.count(1)
 
 
-class Family:
+class Family(Closing):
     """A running script, a child of this process, and all it forked."""
 
     def __init__(
@@ -158,17 +158,6 @@ class Family:
         self.popen.wait()
         assert self.popen.stdout is not None
         self.popen.stdout.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def field(pid: int, number: int) -> str:

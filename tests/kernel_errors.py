@@ -58,19 +58,15 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import (
-    TYPE_CHECKING,
     Any,
     Generic,
     NamedTuple,
     ParamSpec,
-    Self,
     TypeVar,
 )
 
 from cgroups import Unavailable
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from mrelease.closing import Closing
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -95,7 +91,7 @@ class ChildKilled(Exception):
         super().__init__(f"child {pid} ended without a result: {how}")
 
 
-class Job(Generic[T]):
+class Job(Closing, Generic[T]):
     """A function that runs in a forked child of this process.
 
     The child is forked in start(), with all of this process's memory, so
@@ -181,17 +177,6 @@ class Job(Generic[T]):
         self._socket.close()
         os.close(self.pidfd)
         self.pidfd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _run_child(function: Callable[[], object], out: socket.socket) -> None:
@@ -392,7 +377,7 @@ def _install(verdicts: Mapping[int, int]) -> int:
     raise OSError(ctypes.get_errno(), "seccomp filter refused")
 
 
-class answered:  # noqa: N801 - reads as contextlib's do
+class answered(Closing):  # noqa: N801 - reads as contextlib's do
     """The kernel answers these system calls as told: see the module."""
 
     def __init__(self, rules: Mapping[str, Rule]) -> None:
@@ -599,17 +584,6 @@ class answered:  # noqa: N801 - reads as contextlib's do
             thread.join(10)
         os.close(self._stop_r)
         os.close(self._stop_w)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def why_not() -> str | None:

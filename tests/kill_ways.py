@@ -3,8 +3,6 @@
 A test that takes the fixture ``kill`` runs with each, so that what is promised
 of a kill is promised of both. Where they rightly differ the test says why, and
 asks ``kill is by_reaper``.
-
-Unlike the other helpers this one imports the package.
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ import os
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from cgroups import Unavailable
+from mrelease.closing import Closing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from types import TracebackType
 
 CLONE_NEWPID = 0x20000000
 
@@ -45,7 +45,7 @@ class NotAlone(Exception):
     """A namespace is not what it must be before something may kill in it."""
 
 
-class PidNamespace:
+class PidNamespace(Closing):
     """A pid namespace, and a mount namespace with its /proc.
 
     cover: files of ours, each put over a path that those see who are started
@@ -228,14 +228,3 @@ class PidNamespace:
         os.close(self._own)
         if self._namespace >= 0:
             os.close(self._namespace)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -17,24 +17,25 @@ import sys
 import sysconfig
 import threading
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import kernel_errors
 import mrelease
 import victims
+from mrelease.closing import Closing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import ModuleType, TracebackType
+    from types import ModuleType
 
 OWN_GIL = sys.version_info >= (3, 12)
 
 # ------------------------------------------------------ a subinterpreter
 
 
-class Interpreter:
+class Interpreter(Closing):
     """A subinterpreter: run(code) gives what the code calls answer() with."""
 
     _prelude = """
@@ -81,17 +82,6 @@ else:
 
     def close(self) -> None:
         self._module.destroy(self._id)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def test_an_interpreter_answers_and_its_errors_are_seen() -> None:

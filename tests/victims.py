@@ -36,14 +36,14 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
 
 from cgroups import Freezer, Group, Guard, Quota, Unavailable
+from mrelease.closing import Closing
 from mrelease.holds import Disk, find_tool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from types import TracebackType
 
     from namespaces import PidNamespace
 
@@ -156,7 +156,7 @@ def status_of(pid: int) -> dict[str, str]:
     }
 
 
-class Process:
+class Process(Closing):
     """A running victim, a child of this process."""
 
     def __init__(
@@ -367,17 +367,6 @@ class Process:
     def end_sharer(self) -> None:
         """Kill and reap the process that shares the memory."""
         self._end_sharer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @contextlib.contextmanager

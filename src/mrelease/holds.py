@@ -21,10 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from mrelease.closing import Closing
+
 TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
 
 MIB = 1 << 20
 
@@ -116,7 +115,7 @@ done
 """
 
 
-class Group:
+class Group(Closing):
     """A control group of our own; removed on close, thawed if need be."""
 
     controller: str = ""  # the name in version 1
@@ -208,17 +207,6 @@ class Group:
         self.let_go()
         if self._guard is not None:
             self._guard.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Freezer(Group):

@@ -23,6 +23,8 @@ import threading
 import time
 from errno import ENOENT
 
+from mrelease.closing import Closing
+
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 TYPE_CHECKING = False
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-class Meter:
+class Meter(Closing):
     """A count of bytes in use; only its growth and its fall mean anything."""
 
     name: str = ""
@@ -56,17 +58,6 @@ class Meter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class AvailableMeter(Meter):

@@ -8,6 +8,7 @@ from errno import EAGAIN, EINVAL, EMFILE, ENFILE, EPERM
 from time import monotonic_ns, sleep
 
 from mrelease import _mrelease
+from mrelease.closing import Closing
 from mrelease.process import no_file_left, pid_of, pin
 from mrelease.protocol import Terms, as_release, nanoseconds, refusal
 from mrelease.release import Outcome, Release
@@ -18,8 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
     from collections.abc import Generator, Iterable
-    from types import TracebackType
-    from typing import Any, Literal, Self, SupportsIndex
+    from typing import Any, Literal, SupportsIndex
     from weakref import ref
 
     from mrelease.process import HasPid
@@ -240,7 +240,7 @@ def _cpus(cpus: Iterable[object] | None) -> list[int] | None:
     return wanted
 
 
-class Reaper:
+class Reaper(Closing):
     """Native threads that kill processes and release their memory.
 
     A kill does not wait for them: SIGKILL leaves in the caller's thread.  It
@@ -403,17 +403,6 @@ class Reaper:
         state = _mrelease.submit(self._pool, jobs)
         if state != "open":
             raise _not_open(state)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         # Not made whole, or at the end of the interpreter: there is no telling

@@ -22,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 
+from mrelease.closing import Closing
 from mrelease.footprint import in_units
 from mrelease.holds import Disk, Freezer, Quota, Unavailable
 from mrelease.meter import CgroupMeter, Meter, Watch, open_meter
@@ -31,8 +32,6 @@ from mrelease.victim import Victim
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
-    from typing import Self
 
 # All children are plain Python without site: `python -I -S -c`.  Each waits
 # for a line first, until it is in its group.  From then on its input signals
@@ -251,7 +250,7 @@ def kill_alone(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-class Specimen:
+class Specimen(Closing):
     """A victim on the stage; it ends with the with statement."""
 
     def __init__(self, child: Child) -> None:
@@ -273,19 +272,8 @@ class Specimen:
             finally:
                 self._child.end()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Stage:
+class Stage(Closing):
     """The meter, the busy processes and what victims need.
 
     meter           what counts the memory of the victims
@@ -458,17 +446,6 @@ class Stage:
         with not_now(), self._undo:
             if self._last is not None:
                 self._last.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def starve(pid: int) -> str:

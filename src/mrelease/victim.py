@@ -8,6 +8,7 @@ from errno import EBADF, ENOENT, ESRCH
 from time import monotonic_ns
 
 from mrelease import _mrelease
+from mrelease.closing import Closing
 from mrelease.footprint import Footprint
 from mrelease.process import (
     check_start,
@@ -22,7 +23,6 @@ from mrelease.release import Outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Literal, Self, SupportsIndex
 
     from mrelease.process import HasPid
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _PIDFD_THREAD = os.O_EXCL  # pidfd_open(2), Linux 6.9
 
 
-class Victim:
+class Victim(Closing):
     """A process, pinned: its pid may be reused, this stays with the process.
 
     process is a pid, or an object with a pid: subprocess.Popen,
@@ -229,17 +229,6 @@ class Victim:
         The process is left as it is.  Closing twice is no error.
         """
         self._pidfd = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         # Not made whole, or at the end of the interpreter: there is no telling
