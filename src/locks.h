@@ -4,7 +4,7 @@
  * walks the thread's robust list in the dying address space and wakes the
  * next waiter with EOWNERDEAD.  If that memory was released first, the list
  * reads as nothing and the waiters hang for ever.  So it must be known before
- * the kill, and a process that holds such a lock must not be released.
+ * the release, and a process that holds such a lock must not be released.
  */
 
 #ifndef MRELEASE_LOCKS_H

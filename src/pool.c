@@ -138,6 +138,8 @@ struct job {
     bool reported;
     bool attending;
     bool queued;
+    int64_t patience;           /* so long its release is left to its end */
+    int64_t due_at;             /* when it is to be queued; 0: it is not */
     bool raise_due;
     bool cut;                   /* its grace is over */
     short heard;
@@ -379,14 +381,21 @@ attend(struct pool *pool, struct job *job)
     kick(pool);
 }
 
+/* The watcher is to look at its timers at that time. */
 static void
-wake_at(struct pool *pool, struct job *job, int64_t when)
+look_again_at(struct pool *pool, int64_t when)
 {
-    job->wake_at = when;
     if (when < pool->next_wake) {
         pool->next_wake = when;
         kick(pool);
     }
+}
+
+static void
+wake_at(struct pool *pool, struct job *job, int64_t when)
+{
+    job->wake_at = when;
+    look_again_at(pool, when);
 }
 
 static bool
@@ -418,10 +427,7 @@ raise_held(struct pool *pool, int64_t when)
 {
     if (pool->held) {
         pool->held = false;
-        if (when < pool->next_wake) {
-            pool->next_wake = when;
-            kick(pool);
-        }
+        look_again_at(pool, when);
     }
 }
 
@@ -939,7 +945,11 @@ hand_in(struct job *job)
         job->reap.releasing = true;
         job->reap.to_raise = true;
         job->raise_due = true;
-        if (job->called == NULL) {
+        if (job->patience > 0) {
+            job->due_at = reap_now() + job->patience;
+            look_again_at(job->pool, job->due_at);
+        }
+        else if (job->called == NULL) {
             queue_up(job->pool, job);
         }
     }
@@ -954,7 +964,10 @@ struck(struct job *job)
 static enum reap_progress
 strike(struct job *job)
 {
-    call_ahead(job);
+    job->patience = reap_patience(&job->reap);
+    if (job->patience == 0) {
+        call_ahead(job);
+    }
     send_out(job);
     lock(job->pool);
     hand_in(job);
@@ -988,6 +1001,7 @@ finish(struct pool *pool, struct job *job)
     signal_fd(job->done_fd);
     pool->unfinished--;
     job->wake_at = INT64_MAX;
+    job->due_at = 0;
     attend(pool, job); /* to be buried */
     if (is_over(pool)) {
         wake_all(pool);
@@ -1019,7 +1033,7 @@ take_news(struct pool *pool, struct job *job)
     if (raise) {
         job->raise_due = false;
     }
-    bool queued = job->queued;
+    bool queued = job->queued || job->due_at != 0;
     bool to_raise = job->raise_due;
     unlock(pool);
     reap->queued = queued;
@@ -1230,6 +1244,7 @@ pool_submit(struct pool *pool, struct job **jobs, int count)
             progress = reap_prepare(&job->reap);
         }
         if (progress == REAP_STRIKE) {
+            job->patience = reap_patience(&job->reap);
             jobs[i] = jobs[due];
             jobs[due++] = job;
         }
@@ -1246,7 +1261,9 @@ pool_submit(struct pool *pool, struct job **jobs, int count)
      */
     bool together = due > 1 && pool->alone && is_realtime(pool);
     for (int i = 0; !together && i < due && i < pool->most_ahead; i++) {
-        call_ahead(jobs[i]);
+        if (jobs[i]->patience == 0) {
+            call_ahead(jobs[i]);
+        }
     }
     for (int i = 0; i < due; i++) {
         send_out(jobs[i]);
@@ -1376,6 +1393,13 @@ look_at_timers(struct pool *pool)
         }
         else if (job->wake_at < pool->next_wake) {
             pool->next_wake = job->wake_at;
+        }
+        if (job->due_at != 0 && job->due_at <= now) {
+            job->due_at = 0;
+            queue_up(pool, job);
+        }
+        else if (job->due_at != 0 && job->due_at < pool->next_wake) {
+            pool->next_wake = job->due_at;
         }
         if (job->raise_due && !holds_raises(pool)) {
             attend(pool, job);

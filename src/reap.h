@@ -2,7 +2,8 @@
  *
  * SIGTERM and a grace, if asked for; a look at the robust locks; SIGKILL and
  * process_mrelease with nothing between them; then the wait until the victim
- * has ended or what became of its memory is known.
+ * has ended or what became of its memory is known.  With many threads SIGKILL
+ * does not wait for the look, and with very many the release waits for the end.
  *
  * There are two ways to drive it, with the same protocol in both:
  *
@@ -121,6 +122,13 @@ reap_advance(struct reap *reap);
 /* Before SIGKILL: read the footprint. */
 enum reap_progress
 reap_prepare(struct reap *reap);
+
+/* After that: how long, in nanoseconds, the release is to wait once SIGKILL was
+ * sent.  0, but for a victim with so many threads and so little memory that its
+ * own end is sooner, if it comes to that.
+ */
+int64_t
+reap_patience(const struct reap *reap);
 
 /* SIGKILL went out at this time, or failed with err. */
 enum reap_progress

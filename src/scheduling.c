@@ -22,6 +22,19 @@ scheduling_is_realtime(uint32_t policy)
            policy == SCHED_DEADLINE;
 }
 
+bool
+scheduling_is_behind(pid_t tid)
+{
+    struct sys_sched_attr its = {0};
+    struct sys_sched_attr own = {0};
+
+    return sys_sched_getattr(tid, &its) == 0 &&
+           sys_sched_getattr(0, &own) == 0 &&
+           !scheduling_is_realtime(its.policy) &&
+           (its.policy == SCHED_IDLE || its.policy == SCHED_BATCH ||
+            (its.nice > 0 && its.nice > own.nice));
+}
+
 /* The best nice value that an unprivileged caller may set (setrlimit(2)). */
 static int
 best_nice(void)

@@ -24,6 +24,10 @@ enum scheduling_rung {
 bool
 scheduling_is_realtime(uint32_t policy);
 
+/* Does the scheduler put that thread behind most others, and the caller's? */
+bool
+scheduling_is_behind(pid_t tid);
+
 /* Without real-time scheduling: ask for the shortest time slice.  It needs no
  * right and gives no more of the CPU, but a thread with a shorter slice than
  * the one that runs gets the CPU at once when it wakes up (Linux 6.12; older

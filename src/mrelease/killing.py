@@ -43,9 +43,18 @@ def kill(
     thread, without the GIL.  Then the victim is raised, where permitted, so
     that it can finish dying, and the call waits until it has ended, or its
     memory is known to be back, or timeout seconds have passed since SIGKILL.
-    So the call takes at most grace + timeout, save for what waits for the
-    victim's mmap_lock: process_mrelease(2), and before SIGKILL the look at the
-    robust locks.
+    A victim that the scheduler puts behind the caller (SCHED_IDLE,
+    SCHED_BATCH, a higher nice, above 0) is raised before the release, since it
+    can help.  So the call takes at most grace + timeout, save for what waits
+    for the victim's mmap_lock: process_mrelease(2), and the look at the robust
+    locks, which comes before SIGKILL, or after it if there are more than 128
+    threads.
+
+    A victim with more than 512 threads and less than 160 KiB a thread gets 50
+    microseconds a thread (at most half of timeout) to end by itself, which is
+    sooner than all that (measured: `make bench-growth`); then it is released.
+    Not if the scheduler puts it behind the caller, or if it has shared memory
+    or huge pages.
 
     locks='protect' withholds the release of a victim that holds robust locks,
     since whoever waits for them would never be woken; it is killed all the

@@ -78,18 +78,18 @@ class Release(Value):
     locks      'free': no robust lock was held; 'held'; 'unknown': the caller
                may not look into the victim, or had no file descriptor left to
                look at its threads: it was released all the same; or (with a
-               Reaper) the victim ended before it was looked at; 'ignored': not
-               looked for
+               Reaper, or with many threads) the victim ended before it was
+               looked at; 'ignored': not looked for
     raised     whether the dying victim was given a better scheduling, or had
                the best already
 
     Shared memory and huge pages are not meant by freed: they come back when
     the victim has ended, and only if nobody else holds them.  What nobody can
     see is memory that somebody else tears down at that very moment: a second
-    killer that releases the same victim (at most some 10,000 pages), or a
-    process that shared the memory, outlived the victim and was killed as well.
-    It is back as soon as they get on.  Pages that a fork()ed relative still
-    shares copy-on-write stay with it and are not meant.
+    killer that releases the same victim (at most some 10,000 pages, huge ones
+    too), or a process that shared the memory, outlived the victim and was
+    killed as well.  It is back as soon as they get on.  Pages that a fork()ed
+    relative still shares copy-on-write stay with it and are not meant.
     """
 
     __slots__ = (  # noqa: RUF023
