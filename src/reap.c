@@ -518,6 +518,7 @@ static enum reap_progress
 kill_and_release(struct reap *reap, bool late_look)
 {
     int64_t patience = reap_patience(reap);
+    bool behind = scheduling_is_behind(reap->pid);
     int64_t now = reap_now();
     if (sys_pidfd_send_signal(reap->pidfd, SIGKILL) < 0) {
         return reap_struck(reap, errno, now);
@@ -525,6 +526,12 @@ kill_and_release(struct reap *reap, bool late_look)
     reap->signalled = now;
     if (patience > 0 && has_ended_within(reap, patience)) {
         return reap_struck(reap, 0, now);
+    }
+    if (behind) {
+        /* It does not get to run soon, so there is no race to be lost; but
+         * it can help, where the caller itself has to wait for a CPU.
+         */
+        reap_raise(reap);
     }
     if (late_look) {
         look_at_locks(reap);

@@ -614,3 +614,28 @@ def test_the_raise_comes_after_the_signal(
     if kill is not by_reaper:
         assert seen[sent + 1] == ("process_mrelease", 0)
         assert "sched" not in seen[sent + 1][0]
+
+
+@needs_nice
+@pytest.mark.needs("held", "seccomp")
+def test_kill_first_raises_a_victim_that_is_behind_the_caller(
+    answered: Answered,
+) -> None:
+    """There is no race to be lost, and it helps where all CPUs are busy."""
+    calls = ("pidfd_send_signal", "process_mrelease", "sched_setattr")
+    with victims.held(4, threads=3, idle=True) as victim:
+        threads = set(victim.tids())
+        kernel = answered({name: [kernel_errors.ALLOW] for name in calls})
+        release = kernel.run(mrelease.kill, victim.pid)
+        seen = [
+            call.name
+            for call, _ in kernel.calls
+            # Signal 0 asks whether it is still the victim.
+            if (call.name != "pidfd_send_signal" or call.args[1] != 0)
+            and (call.name != "sched_setattr" or call.args[0] in threads)
+        ]
+    assert release.outcome is Outcome.RELEASED
+    assert release.raised
+    assert seen == [
+        "pidfd_send_signal", *["sched_setattr"] * 3, "process_mrelease",
+    ]  # fmt: skip
