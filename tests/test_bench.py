@@ -424,6 +424,19 @@ def test_more_than_half_of_the_free_memory_is_refused() -> None:
     assert "is more than half of the free memory, which is " in err
 
 
+def test_what_no_longer_fits_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = bench.Plan(["asleep"], ["kill"], [MIB, 16 * MIB], count=1)
+    alone = bench.Plan(["asleep"], ["kill"], [16 * MIB], count=1)
+    monkeypatch.setattr(bench, "room", lambda: 31 * MIB)
+    assert bench.bench(plan) == 0
+    why = "asleep, 16.0 MiB: it is more than half of what is free"
+    assert f"Left out: {why}." in capsys.readouterr().out
+    assert bench.bench(alone) == 1
+    assert capsys.readouterr().err == f"mrelease bench cannot be run: {why}\n"
+
+
 def test_without_a_size_it_takes_what_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

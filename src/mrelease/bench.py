@@ -261,10 +261,6 @@ class Run:
                     for method in plan.methods
                     for size in plan.sizes
                 ]
-            if not cells:
-                raise Impossible(
-                    "; ".join(f"{k}: {w}" for k, w in self.left_out.items())
-                )
             self.cells = {(c.kind, c.method, c.size): c for c in cells}
             turns = [
                 (cell, turn) for cell in cells for turn in range(plan.count)
@@ -284,12 +280,18 @@ class Run:
                         f"{len(turns)} kills"
                     )
                     break
+        if not any(cell.seconds for cell in cells):
+            raise Impossible(
+                "; ".join(f"{k}: {w}" for k, w in self.left_out.items())
+            )
 
     def _measure(
         self, cell: Cell, stage: Stage, way: Callable[[int], object]
     ) -> None:
         for attempt in range(3):
             try:
+                if cell.size > room() // 2:
+                    raise Impossible("it is more than half of what is free")
                 found = stage.measure(
                     cell.kind, cell.size, way, self.plan.give_up
                 )
@@ -310,6 +312,7 @@ class Run:
             "conditions": self.conditions,
             "left_out": self.left_out,
             "stopped": self.stopped or None,
+            "verdict": verdict(self),
             "cells": [cell.as_dict() for cell in self.cells.values()],
         }
 
@@ -631,7 +634,7 @@ def bench(
             raise
         print(f"mrelease bench cannot be run: {error}", file=sys.stderr)
         return 1
-    if run.cells:
+    if any(cell.seconds for cell in run.cells.values()):
         _say(*_heading(run))
         _report(run)
         report = run.as_dict()
