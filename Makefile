@@ -42,7 +42,7 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
 .DEFAULT_GOAL := help
 .PHONY: help demo test storm lint format types analyze wheels vm clean \
     native asan free-threaded \
-    bench-overhead bench-late bench-back bench-latency bench-many \
+    figures bench-overhead bench-late bench-back bench-latency bench-many \
     bench-growth bench-peers
 .DELETE_ON_ERROR:
 # The Python that is run must be this tree's, whatever the shell has set.
@@ -194,6 +194,9 @@ bench-peers: $(VENV)/built ## beside earlyoom, nohang, pkill and ctypes
 
 bench-growth: $(VENV)/built ## how the time of a kill grows with the victim
 	@$(PY) bench/growth.py $(ARGS)
+
+figures: $(VENV)/built $(VENV)/group-bench ## all figures of the docs (an hour)
+	@$(PY) bench/figures.py $(ARGS)
 
 vm: $(VENV)/built $(VENV)/group-test ## run tests on other kernels (QEMU)
 	@echo "== A kernel without the system call"

@@ -27,6 +27,7 @@ from measure import (
     Bench,
     Job,
     available,
+    make_parser,
     spread_text,
     tell_ratios,
     tell_times,
@@ -108,8 +109,10 @@ def tell(run: Run, bench: Bench, jobs: Sequence[Job]) -> None:
     for job, some in found.items():
         outcomes = [one.shot.outcome for one in some if one.shot]
         run.row(
-            **job._asdict(), median=times[job].median, quartiles=[
-                times[job].low, times[job].high],
+            **job._asdict(), n=times[job].n,
+            give_up=bench.give_up(KINDS.get(job.kind, KINDS["asleep"])),
+            median=times[job].median,
+            quartiles=[times[job].low, times[job].high],
             outcomes={o: outcomes.count(o) for o in set(outcomes)},
             found=some,
         )  # fmt: skip
@@ -166,18 +169,7 @@ def _tell_aims(bench: Bench, times: dict[Job, Spread]) -> None:
 
 
 def main() -> None:
-    parser = common.make_parser(__doc__ or "", who="root")
-    parser.add_argument(
-        "--n", type=int, help="kills of each kind (default: 20; quick: 2)"
-    )
-    parser.add_argument(
-        "--n-slow", type=int, metavar="N",
-        help="SIGKILL alone where it hardly ends (default: 3; quick: 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--sizes", type=common.numbers, metavar="LIST",
-        help="MiB (default: 64,1024,4096; quick: 64)",
-    )  # fmt: skip
+    parser = make_parser(__doc__ or "", 20, "64,1024,4096", VICTIMS, THESE)
     parser.add_argument(
         "--state-size", type=int, metavar="MIB",
         help="of the victims in other states (default: 1024; quick: 64)",
@@ -186,18 +178,6 @@ def main() -> None:
         "--shared-size", type=int, metavar="MIB",
         help="of shared memory (default: 512; quick: 64)",
     )  # fmt: skip
-    parser.add_argument(
-        "--give-up", type=float, metavar="S",
-        help="seconds (default: 15; quick: 3)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pause", type=float, default=0.1, help="ms between two looks"
-    )
-    for name, known in (("victims", VICTIMS), ("ways", THESE)):
-        parser.add_argument(
-            f"--{name}", type=common.words(known), metavar="LIST",
-            default=",".join(known),
-        )  # fmt: skip
     parser.add_argument(
         "--no-watch-costs", action="store_true", help="leave that table out"
     )

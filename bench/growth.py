@@ -519,10 +519,13 @@ def tell_curve(run: Run, bench: Bench, curve: str) -> None:
             f"{outcomes.get('released', 0) / every:.0%}"
             if job.way not in ("signal", UNMAP) else "",
         ])  # fmt: skip
+        back = Spread.of(one.back for one in some)
         run.row(
             kind="point",
             **job._asdict(),
             x=x,
+            median=back.median,
+            quartiles=[back.low, back.high],
             n=len(some),
             held=held,
             huge=huge,

@@ -223,6 +223,11 @@ def tell(run: Run, shots: dict[Job, list[Shot]], jobs: list[Job]) -> None:
     for job, some in shots.items():
         run.row(
             state=job.state, user=job.user.name, way=job.way, n=len(some),
+            late=sum(shot.late for shot in some) / len(some),
+            signalled={
+                name: quantile(known(some, "signalled"), q)
+                for name, q in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))
+            },
             shots=some,
         )  # fmt: skip
     _tell_aims(shots, jobs)

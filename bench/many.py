@@ -229,7 +229,7 @@ def tell(run: Run, found: dict[Job, list[Found]], jobs: Sequence[Job]) -> None:
             f"{released / every:.0%}" if every else "",
         ])  # fmt: skip
         run.row(
-            **job._asdict(), median=spread.median,
+            **job._asdict(), n=spread.n, median=spread.median,
             quartiles=[spread.low, spread.high], outcomes=outcomes,
             found=some,
         )  # fmt: skip

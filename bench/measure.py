@@ -10,6 +10,7 @@ import math
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+import common
 import victims
 from cgroups import Meter, Unavailable
 from common import (
@@ -29,6 +30,7 @@ from common import (
 )
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
     from ways import Shot, Side
@@ -63,6 +65,39 @@ KINDS = {
 SHORT_GIVE_UP = 2.0
 """Seconds, for SIGKILL alone where it never ends."""
 LIMITS = {1: "munmap, 1 thread", 2: "munmap, 2 threads"}
+
+
+def make_parser(
+    text: str, count: int, sizes: str, kinds: Sequence[str],
+    ways: Sequence[str],
+) -> argparse.ArgumentParser:  # fmt: skip
+    """The options that both have."""
+    parser = common.make_parser(text, who="root")
+    parser.add_argument(
+        "--n", type=int,
+        help=f"kills of each kind (default: {count}; quick: 2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--n-slow", type=int, metavar="N",
+        help="SIGKILL alone where it hardly ends (default: 3; quick: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sizes", type=common.numbers, metavar="LIST",
+        help=f"MiB (default: {sizes}; quick: 64)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--give-up", type=float, metavar="S",
+        help="seconds (default: 15; quick: 3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pause", type=float, default=0.1, help="ms between two looks"
+    )
+    for name, known in (("victims", kinds), ("ways", ways)):
+        parser.add_argument(
+            f"--{name}", type=common.words(known), metavar="LIST",
+            default=",".join(known),
+        )  # fmt: skip
+    return parser
 
 
 class Job(NamedTuple):

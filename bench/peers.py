@@ -47,6 +47,7 @@ from measure import (
     Found,
     Job,
     available,
+    make_parser,
     tell_ratios,
     tell_times,
 )
@@ -465,6 +466,8 @@ def tell(run: Run, bench: Peers, jobs: Sequence[Job], traced: bool) -> None:
         outcomes = [one.shot.outcome for one in found[job] if one.shot]
         run.row(
             **job._asdict(),
+            n=begun[job].n,
+            give_up=bench.give_up(KINDS.get(job.kind, KINDS["asleep"])),
             median=signalled[job].median,
             quartiles=[signalled[job].low, signalled[job].high],
             begun_median=begun[job].median,
@@ -506,30 +509,7 @@ def tell_outcomes(
 
 
 def main() -> None:
-    parser = common.make_parser(__doc__ or "", who="root")
-    parser.add_argument(
-        "--n", type=int, help="kills of each kind (default: 10; quick: 2)"
-    )
-    parser.add_argument(
-        "--n-slow", type=int, metavar="N",
-        help="SIGKILL alone where it hardly ends (default: 3; quick: 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--sizes", type=common.numbers, metavar="LIST",
-        help="MiB (default: 64,1024; quick: 64)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--give-up", type=float, metavar="S",
-        help="seconds (default: 15; quick: 3)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pause", type=float, default=0.1, help="ms between two looks"
-    )
-    for name, known in (("victims", VICTIMS), ("ways", tuple(TEXTS))):
-        parser.add_argument(
-            f"--{name}", type=common.words(known), metavar="LIST",
-            default=",".join(known),
-        )  # fmt: skip
+    parser = make_parser(__doc__ or "", 10, "64,1024", VICTIMS, tuple(TEXTS))
     parser.add_argument(
         "--cache", metavar="FOLDER",
         help="where the programs are kept (default: ~/.cache/mrelease-peers)",

@@ -33,6 +33,7 @@ COLOURS = {
     "reaper": "#1a9c6b",
     "other": "#b765cf",
     "more": "#d65a5a",
+    "third": "#8f8414",
 }
 _KINDS = ("svg", "png")
 _STYLE: dict[Any, Any] = {
@@ -99,8 +100,13 @@ def panels(
     return figure, list(made.flat)
 
 
-def save(figure: Figure, path: str, kind: str, caption: str) -> None:
-    """Write it with a caption, which stands below it."""
+def save(
+    figure: Figure, path: str, kind: str, caption: str, source: str = ""
+) -> None:
+    """Write it with a caption, which stands below it.
+
+    source: of what it was drawn, for the metadata of an SVG.
+    """
     width = int(figure.get_figwidth() * 15)
     text = "\n".join(
         line
@@ -108,34 +114,52 @@ def save(figure: Figure, path: str, kind: str, caption: str) -> None:
         for line in textwrap.wrap(part, width)
     )
     figure.supxlabel(text, fontsize=8, x=0.01, ha="left")
-    metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
+    metadata: dict[str, Any] = {}
+    if kind == "svg":
+        metadata = {"Date": None, "Source": source or None}
     figure.savefig(
         path, format=kind, transparent=kind == "svg", dpi=150,
         metadata=metadata,
     )  # fmt: skip
 
 
+Value = tuple[float, float, float, float]
+"""Median, lower and upper quartile, and when it was given up, in ms.
+
+Infinite is what was given up, nan what is not there."""
+
+
+def value(row: dict[str, Any] | None, give_up: float) -> Value:
+    """Take it from a row of a report, which is in seconds."""
+    if row is None:
+        return math.nan, math.nan, math.nan, give_up * 1e3
+    low, high = (_ms(seconds) for seconds in row["quartiles"])
+    return _ms(row["median"]), low, high, give_up * 1e3
+
+
+def _ms(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds * 1e3
+
+
 def bars(
     axes: Axes,
     labels: Sequence[str],
-    series: Sequence[tuple[str, str, Sequence[tuple[float, float, float]]]],
+    series: Sequence[tuple[str, str, Sequence[Value]]],
     *,
-    give_up: float,
     unit: str = "ms",
 ) -> None:
     """Draw bars on a scale of powers of ten, one group a label.
 
-    series: (name, colour, values), values: (median, lower and upper quartile);
-    infinite is what was given up, nan what is not there.
+    series: (name, colour, values)
     """
     height = 0.8 / len(series)
     known = [
-        low for _, _, values in series for _, low, _ in values
-        if 0 < low < math.inf
+        min(low, give_up) for _, _, values in series
+        for _, low, _, give_up in values if low > 0
     ]  # fmt: skip
-    least = 10 ** math.floor(math.log10(min(known, default=give_up) * 0.99))
+    least = 10 ** math.floor(math.log10(min(known, default=1.0) * 0.99))
     for at, (name, colour, values) in enumerate(series):
-        for row, (median, low, high) in enumerate(values):
+        for row, (median, low, high, give_up) in enumerate(values):
             y = row + (at - (len(series) - 1) / 2) * height
             if math.isnan(median):
                 continue
@@ -172,7 +196,9 @@ def _short(value: float) -> str:
     )  # fmt: skip
 
 
-def draw(report: dict[str, Any], path: str, kind: str) -> None:
+def draw(
+    report: dict[str, Any], path: str, kind: str, source: str = ""
+) -> None:
     """Draw the chart of a report: a panel a size, a group of bars a kind."""
     from matplotlib.patches import Patch
 
@@ -189,15 +215,15 @@ def draw(report: dict[str, Any], path: str, kind: str) -> None:
         len(sizes), heights=[each + 0.5] * len(sizes) if sizes else [1]
     )
     conditions = report["conditions"]
-    give_up = conditions["give_up"] * 1e3
+    give_up = conditions["give_up"]
     for axes, size in zip(made, sizes, strict=True):
         found = {(c["kind"], c["method"]): c for c in cells
                  if c["size"] == size}  # fmt: skip
         bars(
             axes, [KINDS[k].text for k in kinds],
             [(METHODS[m], COLOURS[m],
-              [_values(found.get((k, m))) for k in kinds]) for m in methods],
-            give_up=give_up,
+              [value(found.get((k, m)), give_up) for k in kinds])
+             for m in methods],
         )  # fmt: skip
         axes.set_title(f"victims of {in_units(size)}", loc="left", fontsize=10)
         axes.set_xlabel("time until the memory is back, ms")
@@ -212,15 +238,4 @@ def draw(report: dict[str, Any], path: str, kind: str) -> None:
         f"{conditions['meter']}.\nLinux {conditions['kernel']}, "
         f"{conditions['cpus']} CPUs, huge pages: {conditions['huge_pages']}, "
         f"uid {conditions['user']}, mrelease {conditions['mrelease']}."
-    ))  # fmt: skip
-
-
-def _values(cell: dict[str, Any] | None) -> tuple[float, float, float]:
-    if cell is None:
-        return math.nan, math.nan, math.nan
-    low, high = (_ms(value) for value in cell["quartiles"])
-    return _ms(cell["median"]), low, high
-
-
-def _ms(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds * 1e3
+    ), source)  # fmt: skip
