@@ -147,6 +147,12 @@ def bench(figures: Figures) -> Iterator[str]:
         f"ms: median (quartiles) of {counts(cells)} kills; never: not within "
         f"{part['conditions']['give_up']:g} s. {conditions(part)}"
     )
+
+
+def bench_verdict(figures: Figures) -> Iterator[str]:
+    """The README's sentences."""
+    part = figures["bench"]
+    yield conditions(part)
     yield ""
     for line in part["verdict"]:
         yield f"- {line}"
@@ -553,6 +559,7 @@ def _worse(
 BLOCKS: dict[str, Callable[[Figures], Iterable[str]]] = {
     "demo": demo,
     "bench": bench,
+    "bench-verdict": bench_verdict,
     "late-summary": late_summary,
     "late-idle": lambda figures: _late(figures["late-idle"]),
     "late-big": lambda figures: _late(figures["late-big"]),
