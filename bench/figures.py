@@ -60,7 +60,7 @@ PARTS = {
     "latency": Part("bench-latency", "--n 300"),
     "many": Part("bench-many", "--n 7"),
     "peers": Part("bench-peers", "--n 4"),
-    "growth": Part("bench-growth"),
+    "growth": Part("bench-growth", "--n 3"),
 }  # fmt: skip
 
 
