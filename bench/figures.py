@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "demo": Part("demo", quick=""),
-    "bench": Part("bench"),
+    "bench": Part("bench", "--n 5"),
     "late-idle": Part("bench-late", "--sizes 64 --load idle"),
     "late-big": Part(
         "bench-late", "--sizes 1024 --load idle --victims 1,8 --n 30 "
@@ -59,7 +59,7 @@ PARTS = {
     "back": Part("bench-back", "--n 6 --no-watch-costs"),
     "latency": Part("bench-latency", "--n 300"),
     "many": Part("bench-many", "--n 7"),
-    "peers": Part("bench-peers", "--n 4"),
+    "peers": Part("bench-peers", "--n 3"),
     "growth": Part("bench-growth", "--n 3"),
 }  # fmt: skip
 
