@@ -108,6 +108,7 @@ def measure(part: Part, *, quick: bool) -> dict[str, Any]:
             return found
         found |= json.loads(file.read_text())
     found.pop("benchmark", None)
+    found["conditions"].get("options", {}).pop("json", None)  # gone by now
     short: dict[str, Any] = _short(found)
     return short
 
