@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,12 @@ def skip_if_noisy(err: str) -> None:
         pytest.skip(err)
 
 
+def _hear_signals() -> None:
+    """Who started the tests may have had some ignored (nohup)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Running:
     """A show that has the victim it is asked for, with all that belongs to it.
 
@@ -56,6 +63,7 @@ class Running:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_hear_signals,  # noqa: PLW1509 - no threads here
         )
         try:
             victims.wait_until(lambda: self.victim() is not None, "a victim")
