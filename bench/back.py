@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import common
 from cgroups import Unavailable
-from common import BACK, Run, Spread, in_ms, in_turns, size_text, users
+from common import BACK, Run, Spread, in_turns, size_text, users
 from measure import (
     KINDS,
     LIMITS,
@@ -32,6 +32,7 @@ from measure import (
     tell_ratios,
     tell_times,
 )
+from mrelease.bench import in_ms
 from ways import WAYS, Side, legend
 
 if TYPE_CHECKING:

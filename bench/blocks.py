@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from common import in_ms, size_text
-from mrelease.bench import METHODS
+from common import size_text
+from mrelease.bench import METHODS, in_ms
 from mrelease.footprint import in_units
 from mrelease.stage import KINDS
 

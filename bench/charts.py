@@ -196,11 +196,11 @@ def peers(part: dict[str, Any], path: str, source: str) -> None:
 # --------------------------------------------------------------- growth
 
 GROWTH = {
-    "size": ("size, MiB (small pages)", "size"),
-    "thp": ("size, MiB (transparent huge pages)", "size"),
-    "threads": ("threads (of a victim of {held})", "threads"),
-    "vmas": ("mappings (of a victim of {held})", "mappings"),
-    "victims": ("victims at once (of 10 MiB)", "victims"),
+    "size": "size, MiB (small pages)",
+    "thp": "size, MiB (transparent huge pages)",
+    "threads": "threads (of a victim of {held})",
+    "vmas": "mappings (of a victim of {held})",
+    "victims": "victims at once (of 10 MiB)",
 }
 GROWTH_WAYS = {
     "signal": ("SIGKILL alone", COLOURS["sigkill"], "o"),
@@ -224,7 +224,7 @@ def growth(part: dict[str, Any], path: str, source: str) -> None:
         for handle, text in zip(
             *axes.get_legend_handles_labels(), strict=True
         ):
-            handles.setdefault(text.partition(":")[0], handle)
+            handles.setdefault(text, handle)
     figure.legend(
         list(handles.values()),
         list(handles),
@@ -268,7 +268,7 @@ def _curve(axes: Axes, curve: str, rows: Sequence[dict[str, Any]]) -> None:
         handles=axes.lines, labels=exponents, fontsize=7.5, loc="upper left"
     )
     held = {r["held"] for r in points if curve in ("threads", "vmas")}
-    text = GROWTH[curve][0]
+    text = GROWTH[curve]
     if held:
         text = text.format(held=size_text(round(min(held) / 2**20 / 64) * 64))
     axes.set_xlabel(text)

@@ -36,6 +36,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import mrelease  # noqa: E402
 import victims  # noqa: E402
 from cgroups import Group, Guard, Meter, Unavailable  # noqa: E402
+from mrelease.bench import huge_pages  # noqa: E402
 from mrelease.closing import Closing  # noqa: E402
 
 if TYPE_CHECKING:
@@ -83,16 +84,6 @@ def quantile(values: Sequence[float], share: float) -> float:
         return statistics.median(values)
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def in_ms(seconds: float) -> str:
-    """Three digits are all that such a measurement is good for."""
-    ms = seconds * 1e3
-    if math.isnan(ms):
-        return ""
-    if math.isinf(ms):
-        return "never"
-    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
 
 
 def in_us(seconds: float) -> str:
@@ -212,7 +203,7 @@ class Run:
             "kernel": f"{platform.release()} {platform.machine()}",
             "cpus": self.cpus,
             "load": os.getloadavg()[0],
-            "huge_pages": _huge_pages(),
+            "huge_pages": huge_pages(),
             "euid": os.geteuid(),
             "users": [user.name for user in users(args.users)],
             "seed": seed,
@@ -265,14 +256,6 @@ class Run:
 
 def _leave(number: int, _frame: object) -> None:
     sys.exit(128 + number)
-
-
-def _huge_pages() -> str:
-    try:
-        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
-        return "none"
-    return text.partition("[")[2].partition("]")[0]
 
 
 def in_turns(

@@ -38,13 +38,13 @@ from common import (
     User,
     Watcher,
     Zygote,
-    in_ms,
     in_turns,
     in_us,
     settled,
     size_text,
     users,
 )
+from mrelease.bench import in_ms
 from profile_kernel import NOTE, Perf, PerfError, Profile, no_perf
 from ways import WAYS, Helper, Standing, legend
 

@@ -28,12 +28,12 @@ from common import (
     User,
     Watcher,
     Zygote,
-    in_ms,
     in_turns,
     settled,
     size_text,
     users,
 )
+from mrelease.bench import in_ms
 from ways import Helper, new_reaper
 
 if TYPE_CHECKING:

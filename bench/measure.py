@@ -23,11 +23,11 @@ from common import (
     Spread,
     User,
     Watcher,
-    in_ms,
     settled,
     size_text,
     table,
 )
+from mrelease.bench import in_ms
 
 if TYPE_CHECKING:
     import argparse

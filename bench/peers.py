@@ -16,7 +16,6 @@ only they see, that the memory is short.
 
 from __future__ import annotations
 
-import errno as errnos
 import os
 import select
 import signal
@@ -54,7 +53,7 @@ from measure import (
 from namespaces import PidNamespace
 from tracing import Tracer
 from victims import wait_until
-from ways import WAYS, Shot, Side
+from ways import WAYS, Shot, Side, outcome_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -253,12 +252,8 @@ class Program:
             outcome = "not killed"
         elif code is None:
             outcome = "signalled"
-        elif code == 0:
-            outcome = "released"
-        elif code == errnos.ESRCH:
-            outcome = "exited" if ended else "exiting"
         else:
-            outcome = errnos.errorcode.get(code, str(code))
+            outcome = outcome_of(code, ended=ended)
         return Shot(
             begun,
             first("kill"),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import common
+from mrelease.bench import in_ms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -225,7 +226,7 @@ class Profile:
         def row(name: str, counts: list[int]) -> list[str]:
             return [
                 name, f"{sum(counts) / every:.1%}",
-                *(common.in_ms(count * period / self.kills) if count else ""
+                *(in_ms(count * period / self.kills) if count else ""
                   for count in counts),
             ]  # fmt: skip
 
@@ -252,7 +253,7 @@ class Profile:
         idle = "swapper"
         others = ", ".join(
             f"{'idle' if name == idle else name} "
-            f"{common.in_ms(count * period / self.kills)}"
+            f"{in_ms(count * period / self.kills)}"
             for name, count in self._others.most_common(5)
         )
         if others:

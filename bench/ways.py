@@ -64,6 +64,15 @@ class Shot(NamedTuple):
         return self.released is None and self.outcome in ("exited", "exiting")
 
 
+def outcome_of(err: int, *, ended: bool) -> str:
+    """What process_mrelease(2) came to, in the words of Outcome."""
+    if err == 0:
+        return "released"
+    if err == errnos.ESRCH:
+        return "exited" if ended else "exiting"
+    return errnos.errorcode.get(err, str(err))
+
+
 LATE = (
     "Late: process_mrelease(2) answered ESRCH, or the victim had ended "
     "before it could be\ncalled; so the memory was left to the victim's own "
@@ -241,14 +250,10 @@ class _InC:
         begun, signalled, done, err, calls, ended = map(
             int, self._program.ask(str(pid)).split()
         )
-        if self._alone:
-            outcome = "signalled"
-        elif err == 0:
-            outcome = "released"
-        elif err == errnos.ESRCH:
-            outcome = "exited" if ended else "exiting"
-        else:
-            outcome = errnos.errorcode.get(err, str(err))
+        outcome = (
+            "signalled" if self._alone
+            else outcome_of(err, ended=bool(ended))
+        )  # fmt: skip
         return Shot(
             begun,
             (signalled - begun) / 1e9,
@@ -336,12 +341,7 @@ class Libc:
             ended = bool(select.select([pidfd], [], [], 0)[0])
         finally:
             os.close(pidfd)
-        if code == 0:
-            outcome = "released"
-        elif code == errnos.ESRCH:
-            outcome = "exited" if ended else "exiting"
-        else:
-            outcome = errnos.errorcode.get(code, str(code))
+        outcome = outcome_of(code, ended=ended)
         return Shot(
             begun,
             (signalled - begun) / 1e9,

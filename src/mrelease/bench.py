@@ -27,7 +27,7 @@ from mrelease.meter import room
 from mrelease.reaper import Reaper
 from mrelease.release import Release
 from mrelease.signals import not_now
-from mrelease.stage import KINDS, Impossible, Stage, kill_alone
+from mrelease.stage import KINDS, Impossible, Stage, check_support, kill_alone
 from mrelease.support import support
 
 TYPE_CHECKING = False
@@ -325,7 +325,7 @@ def _conditions(plan: Plan, stage: Stage, reaper: Reaper) -> dict[str, object]:
         "cpus": stage.cpus,
         "busy": stage.busy,
         "load": os.getloadavg()[0],
-        "huge_pages": _huge_pages(),
+        "huge_pages": huge_pages(),
         "user": os.geteuid(),
         "raising": support().raising.why,
         "reaper": str(reaper.scheduling),
@@ -339,7 +339,8 @@ def _conditions(plan: Plan, stage: Stage, reaper: Reaper) -> dict[str, object]:
     }
 
 
-def _huge_pages() -> str:
+def huge_pages() -> str:
+    """Give the setting of transparent huge pages, "none" without them."""
     try:
         with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
             return file.read().partition("[")[2].partition("]")[0]
@@ -609,16 +610,10 @@ def bench(
         _check_output(chart)
     if json_file is not None:
         _check_output(json_file)
-    found = support()
-    if found.release.works is None or found.signal.works is None:
-        # Not tried, for a filter that may kill: let a child try.
-        found = support(probe=True)
     run = Run(plan)
     stop: BaseException | None = None
     try:
-        if not found:
-            bad = found.signal if found.release.works else found.release
-            raise Impossible(f"{bad.why}. {bad.advice}")
+        check_support()
         progress = _Progress()
         try:
             run.run(progress.tell)

@@ -20,7 +20,13 @@ from errno import EPIPE
 from mrelease.footprint import in_units
 from mrelease.killing import kill
 from mrelease.meter import room
-from mrelease.stage import Impossible, Measure, Stage, kill_alone
+from mrelease.stage import (
+    Impossible,
+    Measure,
+    Stage,
+    check_support,
+    kill_alone,
+)
 from mrelease.support import Support, support
 
 _MIB = 1 << 20
@@ -201,14 +207,8 @@ def demo(*, size: int | None = None, give_up: float = 15.0) -> int:
     Raises BrokenPipeError when nobody reads its output; all is cleaned up
     then, as after any exception.
     """
-    found = support()
-    if found.release.works is None or found.signal.works is None:
-        # Not tried, for a filter that may kill: let a child try.
-        found = support(probe=True)
     try:
-        if not found:
-            bad = found.signal if found.release.works else found.release
-            raise Impossible(f"{bad.why}. {bad.advice}")
+        check_support()
         return _show(_fitting() if size is None else size, give_up)
     except (Impossible, OSError) as error:
         if isinstance(error, OSError) and error.errno == EPIPE:

@@ -27,6 +27,7 @@ from mrelease.footprint import in_units
 from mrelease.holds import Disk, Freezer, Quota, Unavailable
 from mrelease.meter import CgroupMeter, Meter, Watch, open_meter
 from mrelease.signals import not_now
+from mrelease.support import Support, support
 from mrelease.victim import Victim
 
 TYPE_CHECKING = False
@@ -190,14 +191,11 @@ class Kind:
         *words: str,
         hold: str = "",
         shared: bool = False,
-        lasting: bool = False,
     ) -> None:
         self.text = text
         self.words = words
         self.hold = hold
         self.shared = shared
-        self.lasting = lasting
-        """It may never end by itself, once killed."""
 
 
 KINDS: dict[str, Kind] = {
@@ -206,10 +204,10 @@ KINDS: dict[str, Kind] = {
     "threads": Kind("64 threads asleep", "threads=64"),
     # Small pages, since huge ones are taken down so fast that there is little
     # to see.
-    "starved": Kind("starved of CPU", "small", hold="starve", lasting=True),
+    "starved": Kind("starved of CPU", "small", hold="starve"),
     "quota": Kind("CPU quota of 2 %", hold="quota"),
-    "disk": Kind("waiting for a disk", hold="disk", lasting=True),
-    "frozen": Kind("frozen", hold="freeze", lasting=True),
+    "disk": Kind("waiting for a disk", hold="disk"),
+    "frozen": Kind("frozen", hold="freeze"),
     "swapped": Kind("swapped out", "swap"),
     "shared": Kind("shared memory", "shared", shared=True),
 }
@@ -446,6 +444,18 @@ class Stage(Closing):
         with not_now(), self._undo:
             if self._last is not None:
                 self._last.close()
+
+
+def check_support() -> Support:
+    """Give what works here; Impossible if nothing can be shown by a kill."""
+    found = support()
+    if found.release.works is None or found.signal.works is None:
+        # Not tried, for a filter that may kill: let a child try.
+        found = support(probe=True)
+    if not found:
+        bad = found.signal if found.release.works else found.release
+        raise Impossible(f"{bad.why}. {bad.advice}")
+    return found
 
 
 def starve(pid: int) -> str:
