@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
@@ -48,6 +49,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    name, _, value = _MARK.partition("=")
+    os.environ[name] = value
     config.addinivalue_line(
         "markers",
         "needs(*kinds): victims without which the test is skipped; names "
@@ -128,12 +131,36 @@ def pytest_terminal_summary(
 # ------------------------------------------------- nothing is left behind
 
 
-def _children() -> set[int]:
+_MARK = f"MRELEASE_TEST_RUN={os.getpid()}"
+"""In the environment of all that is started, and in that of its children."""
+
+
+def _children(of: int | str = "self") -> set[int]:
     found: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{of}/task").iterdir():
             found |= {int(p) for p in (task / "children").read_text().split()}
     return found
+
+
+def _orphans() -> set[int]:
+    """Processes of this run whose parents have ended.
+
+    They are children of process 1 now, or of another ancestor of this one.
+    """
+    found: set[int] = set()
+    pid = os.getpid()
+    while pid > 1:
+        try:
+            pid = int(victims.status_of(pid)["PPid"])
+        except ProcessLookupError:
+            break
+        for child in _children(pid) if pid else ():
+            with contextlib.suppress(OSError):
+                environ = Path(f"/proc/{child}/environ").read_bytes()
+                if _MARK.encode() in environ.split(b"\0"):
+                    found.add(child)
+    return found - {os.getpid()}
 
 
 def _describe(pid: int) -> str:
@@ -146,6 +173,22 @@ def _describe(pid: int) -> str:
 
 # Python keeps this one to its end; it is no test's.
 _HELPERS = ("resource_tracker", "forkserver")
+
+
+def _end_orphans(before: set[int]) -> list[str]:
+    """Give those that did not end by themselves, and end them.
+
+    One that is busy for ever would slow down all that comes after it.
+    """
+    with contextlib.suppress(TimeoutError):
+        victims.wait_until(lambda: not _orphans() - before, "no orphan", 10)
+    left = []
+    for pid in _orphans() - before:
+        with contextlib.suppress(ProcessLookupError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            left.append(f"orphan {_describe(pid)} {command[:200]!r}")
+            os.kill(pid, signal.SIGKILL)
+    return left
 
 
 def _strangers(before: set[int]) -> set[int]:
@@ -173,11 +216,13 @@ def _nothing_left_behind() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_child_left(_nothing_left_behind: None) -> Iterator[None]:
-    """After each test: no child that it started, dead or alive."""
-    before = _children()
+    """After each test: no child that it started, dead or alive; no orphan."""
+    before, orphans = _children(), _orphans()
     yield
     left = [_describe(pid) for pid in _strangers(before)]
-    assert not left, f"children left behind by this test: {left}"
+    if _orphans() - orphans:
+        left += _end_orphans(orphans)
+    assert not left, f"processes left behind by this test: {left}"
 
 
 # --------------------------------------------------------------- fixtures

@@ -292,6 +292,24 @@ def test_ctrl_c_for_the_whole_group_leaves_nothing_and_no_traceback() -> None:
     assert groups_of(popen.pid) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ended_at_any_moment_of_its_start_no_busy_process_is_left(
+    number: signal.Signals,
+) -> None:
+    """Those left would be found by the check after each test."""
+    for moment in range(20):
+        popen = subprocess.Popen(
+            [*PYTHON, code(16)], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        with popen:
+            while not descendants(popen.pid) and popen.poll() is None:
+                time.sleep(0.0005)
+            time.sleep(moment / 1000)
+            popen.send_signal(number)
+            popen.communicate(timeout=60)
+
+
 def test_killed_it_takes_busy_processes_and_victims_with_it(
     running: Running,
 ) -> None:

@@ -45,32 +45,39 @@ if TYPE_CHECKING:
 _BUSY = """\
 import fcntl, os, signal, sys
 os.read(0, 1) or sys.exit()
+# If this process is killed too early, the kernel sends SIGHUP and SIGCONT to
+# those that stand still: blocked or ignored, they would be busy for ever.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
 children = []
-for _ in range(int(sys.argv[1])):
-    try:
-        child = os.fork()
-    except OSError:
-        break
-    if child == 0:
-        os.setpgid(0, children[0] if children else 0)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        while True:
+try:
+    for _ in range(int(sys.argv[1])):
+        try:
+            child = os.fork()
+        except OSError:
+            break
+        if child == 0:
+            os.setpgid(0, children[0] if children else 0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            while True:
+                pass
+        children.append(child)
+        try:
+            os.setpgid(child, children[0])
+        except OSError:
             pass
-    children.append(child)
-    try:
-        os.setpgid(child, children[0])
-    except OSError:
-        pass
-for child in children:
-    os.waitid(os.P_PID, child, os.WSTOPPED)
-fcntl.fcntl(0, fcntl.F_SETOWN, -children[0])
-fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)
-fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
-print("ready", len(children), children[0], flush=True)
-os.read(0, 1)
-os.killpg(children[0], signal.SIGKILL)
-for child in children:
-    os.waitpid(child, 0)
+    for child in children:
+        os.waitid(os.P_PID, child, os.WSTOPPED)
+    fcntl.fcntl(0, fcntl.F_SETOWN, -children[0])
+    fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+    print("ready", len(children), children[0], flush=True)
+    os.read(0, 1)
+finally:
+    # Also if nobody reads what is printed.
+    os.killpg(children[0], signal.SIGKILL)
+    for child in children:
+        os.waitpid(child, 0)
 """
 
 # Should memory run out all the same, this is the one to be killed.
