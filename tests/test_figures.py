@@ -18,6 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
 import blocks  # noqa: E402
 import charts  # noqa: E402
 import figures as command  # noqa: E402
