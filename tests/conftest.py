@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
@@ -42,6 +43,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="a twentieth of the rounds in tests that repeat",
     )
     group.addoption(
+        "--one-of-each",
+        metavar="WORD",
+        help="of a test's sets of parameters only one, which depends on WORD",
+    )
+    group.addoption(
         "--fail-on-skip",
         action="store_true",
         help="a skipped test is a failure: for machines that can do all",
@@ -65,6 +71,23 @@ def _reason(need: str) -> str | None:
         return kernel_errors.why_not()
     reason = victims.why_not(need)
     return None if reason is None else f"no victim {need!r}: {reason}"
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    word = config.getoption("--one-of-each")
+    if word is None:
+        return
+    sets: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        sets[item.nodeid.partition("[")[0]].append(item)
+    kept = {
+        each[zlib.crc32(f"{word} {name}".encode()) % len(each)]
+        for name, each in sets.items()
+    }
+    config.hook.pytest_deselected(items=[i for i in items if i not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
