@@ -1,13 +1,16 @@
-"""Run the test suite on another kernel, in a machine of its own.
+"""Run the test suite on other kernels, in machines of their own.
 
     python tests/vm/run.py --kernel bullseye tests/test_kill.py -k dumping
+    python tests/vm/run.py --kernel sid --kernel trixie/aarch64 --user nobody
 
 Debian's stock cloud kernel of the suite is booted under QEMU, emulating the
 processor (no KVM is needed), with an initramfs that holds the Python which
 runs this script, pytest, the *installed* mrelease, the tests, a static
-victim and busybox. There is no disk and no network. All arguments that are
-not this script's own go to pytest, whose output is printed as it comes and
-whose exit code is returned.
+victim and busybox. For another architecture they are Debian's Python and a
+cross-built wheel (arm64.py). There is no disk and no network. All arguments
+that are not this script's own go to pytest, whose output is printed as it
+comes. At the end is a table, kernel by kernel, with what passed, failed, and
+was skipped for which reason; the exit code is the first that is not 0.
 
 Inside, the tests are root with all capabilities (or --user), cgroup v2 is
 mounted with every controller enabled, there are loop devices and 512 MiB of
@@ -21,9 +24,9 @@ machine's own apt uses for Debian (or $MRELEASE_VM_MIRROR), with lists of
 their own: nothing is installed and the system's lists are not touched. They
 are kept in --cache; --update looks for a newer one.
 
-Needs: qemu-system-x86_64, busybox-static, apt, a C compiler, and a Python
-that has mrelease and pytest installed. On 2 CPUs the machine is up after
-10 s and runs the first test after 18 s.
+Needs: qemu-system-x86_64 (or -aarch64), busybox-static, apt, a C compiler,
+and a Python that has mrelease and pytest installed. On 2 CPUs the machine is
+up after 10 s and runs the first test after 18 s.
 Exit codes of its own, out of pytest's way: 69 something is missing here, 70
 the machine ended without a result, 75 no kernel could be had, 124 timeout.
 """
@@ -31,11 +34,13 @@ the machine ended without a result, 75 no kernel could be had, 124 timeout.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import ctypes.util
 import fcntl
 import importlib.metadata
 import importlib.util
+import json
 import lzma
 import os
 import re
@@ -50,11 +55,14 @@ import tempfile
 import threading
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+
+import arm64  # noqa: E402
 
 from debian import Suite, Unreachable, by_number  # noqa: E402
 
@@ -78,17 +86,59 @@ TOOLS = (
 LIBRARIES = ("gcc_s", "seccomp")
 
 # Parts of the standard library that no test needs.
+# It draws charts, which no kernel changes; numpy wants a processor with
+# cmpxchg16b.
+LEFT_OUT = ("matplotlib",)
+
+PACKAGES = Path("/packages")
+"""Where they are in a machine of another architecture."""
+
 UNNEEDED = {
     *("ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"),
     *("test", "tests", "tkinter", "turtledemo"),
 }
-REPOSITORY = ("pyproject.toml", "setup.py", "README.md", "src", "tests")
+REPOSITORY = (
+    *("pyproject.toml", "setup.py", "README.md", "CHANGELOG.md"),
+    *("bench", "docs", "src", "tests"),
+)
 
 
 class Kernel(NamedTuple):
     version: str
     image: Path
     modules: list[Path]
+
+
+class Machine(NamedTuple):
+    """What QEMU emulates."""
+
+    debian: str  # Debian's name of the architecture
+    qemu: str
+    package: str
+    options: tuple[str, ...]
+    console: str
+
+
+MACHINES = {
+    "x86_64": Machine(
+        "amd64",
+        "qemu-system-x86_64",
+        "qemu-system-x86",
+        # QEMU 7.2 leaves wrong flags behind cmpxchg16b: 6.12, which uses it
+        # in kmalloc(), crashed in 3 of 5 boots.
+        ("-machine", "q35", "-cpu", "max,cx16=off"),
+        "ttyS0",
+    ),
+    "aarch64": Machine(
+        "arm64",
+        "qemu-system-aarch64",
+        "qemu-system-arm",
+        # The architecture's own pointer signatures take half of the time.
+        ("-machine", "virt", "-cpu", "max,pauth-impdef=on"),
+        "ttyAMA0",
+    ),
+}
+HERE = os.uname().machine
 
 
 def fail(code: int, message: str) -> NoReturn:
@@ -133,16 +183,16 @@ def unpack_modules(tree: Path, target: Path) -> None:
         unpack(normal(name))
 
 
-def fetch(home: Path, suite: str) -> None:
+def fetch(home: Path, suite: str, debian: str) -> None:
     """Put the suite's newest kernel that can be downloaded into home."""
-    apt = Suite(home, suite)
-    print(f"looking for the kernel of {suite}", flush=True)
+    apt = Suite(home, suite, architecture=debian)
+    print(f"looking for the kernel of {suite}, {debian}", flush=True)
     apt.update()
     names = apt.cache("pkgnames", "linux-").split()
     packages: dict[str, dict[str, str]] = {}
     for name in names:
         match = re.fullmatch(
-            r"linux-(image|binary|modules)-(\d.*-cloud-amd64)", name
+            rf"linux-(image|binary|modules)-(\d.*-cloud-{debian})", name
         )
         if match:
             packages.setdefault(match[2], {})[match[1]] = name
@@ -176,14 +226,14 @@ def fetch(home: Path, suite: str) -> None:
     fail(NO_KERNEL, f"no kernel of {suite} could be downloaded")
 
 
-def kernel_of(suite: str, cache: Path, update: bool) -> Kernel:
-    home = cache / suite
+def kernel_of(suite: str, arch: str, cache: Path, update: bool) -> Kernel:
+    home = cache / (suite if arch == "x86_64" else f"{suite}-{arch}")
     home.mkdir(parents=True, exist_ok=True)
     with open(home / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if update or not list(home.glob("*/vmlinuz")):
             try:
-                fetch(home, suite)
+                fetch(home, suite, MACHINES[arch].debian)
             except (subprocess.CalledProcessError, Unreachable) as error:
                 fail(NO_KERNEL, f"{suite}: {error}")
         images = sorted(
@@ -301,6 +351,20 @@ class Archive:
             if data.startswith(b"\x7fELF"):
                 self._dynamic.append(str(source))
 
+    def add_root(self, tree: Path) -> None:
+        """Add a tree that is to be the root; links point where they do."""
+        for source in sorted(tree.rglob("*")):
+            path = source.relative_to(tree)
+            if self._inside(path) in self.names:
+                continue
+            if source.is_symlink():
+                self.link(path, os.readlink(source))
+            elif source.is_dir():
+                self.directory(path)
+            else:
+                executable = bool(source.stat().st_mode & stat.S_IXUSR)
+                self.write(path, source.read_bytes(), executable)
+
     def add_libraries(self) -> None:
         """Add the shared libraries of all programs and libraries in here."""
         listing = subprocess.run(
@@ -317,12 +381,20 @@ class Archive:
         self._entry("TRAILER!!!", 0)
 
 
-def distributions() -> list[importlib.metadata.Distribution]:
-    """mrelease, the packages of its test group, all that they require."""
+def requirements() -> list[str]:
+    """What the tests need, as pyproject.toml has it, but for LEFT_OUT."""
     with open(ROOT / "pyproject.toml", "rb") as file:
         groups = tomllib.load(file).get("dependency-groups", {})
-    wanted = ["mrelease", "pytest"]
-    wanted += [text for text in groups.get("test", ()) if type(text) is str]
+    return [
+        text
+        for text in groups.get("test", ())
+        if type(text) is str and not text.startswith(LEFT_OUT)
+    ]
+
+
+def distributions() -> list[importlib.metadata.Distribution]:
+    """mrelease, the packages that the tests need, all that they require."""
+    wanted = ["mrelease", *requirements()]
     found: dict[str, importlib.metadata.Distribution] = {}
     while wanted:
         requirement = wanted.pop()
@@ -369,25 +441,59 @@ def library(name: str) -> str | None:
     return match[1] if match else None
 
 
-def victim(work: Path) -> Path | None:
+def victim(work: Path, arch: str) -> Path | None:
     """The victim program of the tests, static: it needs nothing inside."""
     ready = os.environ.get("MRELEASE_TEST_VICTIM")
-    if ready:
+    if ready and arch == HERE:
         return Path(ready)
     source = ROOT / "tests/native/victim.c"
     if not source.exists():
         return None
     program = work / "victim"
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
+    if arch != HERE:
+        compiler = arm64.compiler()
+    elif not (compiler := shutil.which("cc") or shutil.which("gcc") or ""):
         fail(MISSING, "a C compiler is missing; apt-get install gcc libc6-dev")
     flags = ("-std=c11", "-O2", "-static", "-pthread")
     subprocess.run([compiler, *flags, "-o", program, source], check=True)
     return program
 
 
+def fill_from_here(archive: Archive) -> str:
+    """What this machine has, at the same paths; the Python to run."""
+    for name in TOOLS:
+        tool = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        if tool:
+            archive.add(tool)
+    for name in LIBRARIES:
+        path = library(name)
+        if path:
+            archive.add(path)
+    add_python(archive)
+    for path in ("/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/mke2fs.conf"):
+        if os.path.exists(path):
+            archive.add(path)
+    return sys.executable
+
+
+def fill_from_debian(archive: Archive, work: Path, home: Path) -> str:
+    """A Debian for aarch64, and the wheel; the Python to run."""
+    with open(home / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        tree = arm64.tree(home)
+        packages = arm64.packages(home, requirements())
+    wheel = arm64.wheel(work, ROOT, tree)
+    print(f"cross-built {wheel.name}", flush=True)
+    archive.add(packages, PACKAGES)
+    with zipfile.ZipFile(wheel) as files:
+        for name in files.namelist():
+            archive.write(PACKAGES / name, files.read(name))
+    archive.add_root(tree)
+    return arm64.PYTHON
+
+
 def pack(
-    file: BinaryIO, work: Path, kernel: Kernel, user: str, arguments: list[str]
+    file: BinaryIO, work: Path, job: Job, kernel: Kernel, options: Options
 ) -> None:
     """Write the initramfs."""
     archive = Archive(file)
@@ -402,20 +508,17 @@ def pack(
     busybox = shutil.which("busybox")
     if not busybox:
         fail(MISSING, "busybox is missing; apt-get install busybox-static")
-    archive.add(busybox, "/bin/busybox")
-    for name in TOOLS:
-        tool = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        if tool:
-            archive.add(tool)
-    for name in LIBRARIES:
-        path = library(name)
-        if path:
-            archive.add(path)
-    add_python(archive)
+    if job.arch == HERE:
+        archive.add(busybox, "/bin/busybox")
+        python = fill_from_here(archive)
+    else:
+        home = options.cache / job.arch
+        home.mkdir(parents=True, exist_ok=True)
+        python = fill_from_debian(archive, work, home)
     for name in REPOSITORY:
         if (ROOT / name).exists():
             archive.add(ROOT / name)
-    for argument in arguments:
+    for argument in options.arguments:
         path = argument.split("::")[0]
         if os.path.isabs(path) and os.path.exists(path):
             archive.add(path)
@@ -427,38 +530,37 @@ def pack(
         for name, value in os.environ.items()
         if name.startswith("MRELEASE_TEST_")
     }
-    program = victim(work)
+    program = victim(work, job.arch)
     if program:
         archive.add(program, "/victim")
         environment["MRELEASE_TEST_VICTIM"] = "/var/tmp/victim"
     environment |= {
         "MRELEASE_TEST_DISPOSABLE": "1",
-        "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin",
-        "HOME": "/root" if user == "root" else "/tmp",
+        "PATH": f"{Path(python).parent}:/usr/sbin:/usr/bin",
+        "HOME": "/root" if job.user == "root" else "/tmp",
         "TMPDIR": "/var/tmp",
         "PYTHONUNBUFFERED": "1",
     }
+    if job.arch != HERE:
+        environment["PYTHONPATH"] = str(PACKAGES)
     version = "import platform; print('@vm python', platform.python_version())"
     # No cache: the tests' folder may belong to somebody else.
     color = "yes" if sys.stdout.isatty() else "no"
     tests = ["-m", "pytest", "-p", "no:cacheprovider", f"--color={color}"]
-    tests += arguments
+    tests += options.arguments
     lines = [
         "#!/bin/sh",
         f"cd {shlex.quote(str(ROOT))} || exit",
         *(f"export {k}={shlex.quote(v)}" for k, v in environment.items()),
-        shlex.join([sys.executable, "-c", version]),
-        f"exec {shlex.join([sys.executable, *tests])}",
+        shlex.join([python, "-c", version]),
+        f"exec {shlex.join([python, *tests])}",
     ]
     text = "\n".join(lines) + "\n"
-    if user != "root":
+    if job.user != "root":
         archive.write("/run-as-user", text.encode(), executable=True)
-        text = f"#!/bin/sh\nexec su -s /bin/sh -c /run-as-user {user}\n"
+        text = f"#!/bin/sh\nexec su -s /bin/sh -c /run-as-user {job.user}\n"
     archive.write("/run-tests", text.encode(), executable=True)
 
-    for path in ("/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/mke2fs.conf"):
-        if os.path.exists(path):
-            archive.add(path)
     archive.link("/etc/mtab", "/proc/self/mounts")
     archive.write("/etc/hosts", b"127.0.0.1 localhost vm\n")
     archive.write(
@@ -478,10 +580,49 @@ def pack(
 # -- The machine -------------------------------------------------------------
 
 
-def boot(command: list[str], limit: float) -> tuple[int, dict[str, float]]:
-    """Run the machine; its result, and when it said what, in seconds."""
+class Job(NamedTuple):
+    """One machine to boot."""
+
+    suite: str
+    arch: str
+    user: str
+
+
+class Options(argparse.Namespace):
+    kernel: list[tuple[str, str]]
+    user: list[str]
+    memory: str
+    limit: float
+    keep: bool
+    update: bool
+    cache: Path
+    json: Path | None
+    arguments: list[str]
+
+
+class Result(NamedTuple):
+    """What became of it."""
+
+    job: Job
+    version: str
+    code: int
+    seconds: float
+    counts: dict[str, int]  # passed, failed, skipped, rerun, ...
+    skipped: dict[str, int]  # by reason
+    line: str
+
+    @property
+    def failed(self) -> int:
+        return sum(self.counts.get(name, 0) for name in ("failed", "error"))
+
+
+def boot(
+    command: list[str], limit: float
+) -> tuple[int, dict[str, float], list[str]]:
+    """Run the machine: its result, when it said what (s), its lines."""
     began = time.monotonic()
     said: dict[str, float] = {}
+    lines: list[str] = []
     code = NO_RESULT
     late = threading.Event()
     with subprocess.Popen(
@@ -510,39 +651,53 @@ def boot(command: list[str], limit: float) -> tuple[int, dict[str, float]]:
                         code = int(match[2])
                 else:
                     print(line, flush=True)
+                    lines.append(re.sub(r"\033\[[\d;]*m", "", line))
         finally:
             timer.cancel()
             machine.kill()
     said["off"] = time.monotonic() - began
-    return TIMEOUT if late.is_set() else code, said
+    return TIMEOUT if late.is_set() else code, said, lines
 
 
-def run(
-    qemu: str, suite: str, options: argparse.Namespace, arguments: list[str]
-) -> tuple[int, str]:
-    """Boot one kernel; the result, and a line that tells it."""
-    kernel = kernel_of(suite, options.cache, options.update)
+def counted(lines: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Give pytest's counts, and how many were skipped for which reason."""
+    counts: dict[str, int] = {}
+    skipped: dict[str, int] = collections.Counter()
+    for line in lines:
+        if match := re.match(r"SKIPPED \[(\d+)\] [^ :]+(?::\d+)?: (.*)", line):
+            skipped[match[2]] += int(match[1])
+        elif re.match(r"(=+ )?\d+ \w+(, \d+ \w+)* in [\d.]+s", line):
+            for number, word in re.findall(r"(\d+) ([a-z]+)", line):
+                counts.setdefault(word.removesuffix("s"), int(number))
+    return counts, skipped
+
+
+def run(job: Job, options: Options) -> Result:
+    """Boot one kernel, and run the tests in it."""
+    machine = MACHINES[job.arch]
+    kernel = kernel_of(job.suite, job.arch, options.cache, options.update)
     work = Path(tempfile.mkdtemp(prefix="mrelease-vm-"))
     try:
         began = time.monotonic()
         initramfs = work / "initramfs"
         with open(initramfs, "wb") as file:
-            pack(file, work, kernel, options.user, arguments)
+            pack(file, work, job, kernel, options)
         packing = time.monotonic() - began
         size = initramfs.stat().st_size / 2**20
 
-        command = [qemu, "-machine", "q35", "-accel", "tcg,thread=multi"]
-        # QEMU 7.2 leaves wrong flags behind cmpxchg16b: 6.12, which uses it
-        # in kmalloc(), crashed in 3 of 5 boots.
-        command += ["-cpu", "max,cx16=off", "-smp", "2", "-m", options.memory]
+        command = [machine.qemu, "-accel", "tcg,thread=multi"]
+        command += [*machine.options, "-smp", "2", "-m", options.memory]
         command += ["-display", "none", "-monitor", "none", "-nic", "none"]
         command += ["-serial", "stdio", "-no-reboot"]
         command += ["-kernel", str(kernel.image), "-initrd", str(initramfs)]
-        command += ["-append", "console=ttyS0 quiet panic=-1"]
-        print(f"== {suite}: Linux {kernel.version}", flush=True)
+        command += ["-append", f"console={machine.console} quiet panic=-1"]
+        print(
+            f"== {job.suite}: Linux {kernel.version}, {job.arch}, {job.user}",
+            flush=True,
+        )
         if options.keep:
             print(shlex.join(command), flush=True)
-        code, said = boot(command, options.limit)
+        code, said, lines = boot(command, options.limit)
     finally:
         if not options.keep:
             shutil.rmtree(work)
@@ -563,12 +718,91 @@ def run(
         if word in said:
             times.append(f"{meaning} {said[word] - before:.1f} s")
             before = said[word]
-    return code, f"{suite} {kernel.version}: {result} ({', '.join(times)})"
+    return Result(
+        job,
+        kernel.version,
+        code,
+        time.monotonic() - began,
+        *counted(lines),
+        f"{kernel.version}, {job.user}: {result} ({', '.join(times)})",
+    )
+
+
+def table(results: list[Result]) -> str:
+    """Kernel by kernel; then the reasons, with how many where."""
+    rows = [
+        (
+            *("kernel", "architecture", "user"),
+            *("passed", "failed", "skipped", "minutes"),
+        ),
+        *(
+            (
+                result.version,
+                result.job.arch,
+                result.job.user,
+                str(result.counts.get("passed", 0)),
+                # Where the machine broke down, nothing is known to be good.
+                str(result.failed or (result.code and f"({result.code})")),
+                str(result.counts.get("skipped", 0)),
+                f"{result.seconds / 60:.1f}",
+            )
+            for result in results
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = [
+        "  ".join(
+            cell.ljust(width) if number < 3 else cell.rjust(width)
+            for number, (cell, width) in enumerate(
+                zip(row, widths, strict=True)
+            )
+        )
+        for row in rows
+    ]
+    reasons = collections.Counter[str]()
+    for result in results:
+        reasons.update(result.skipped)
+    if reasons:
+        text += ["", "skipped, in the order of the rows, and why"]
+    for reason, _ in sorted(reasons.items(), key=lambda item: -item[1]):
+        numbers = "/".join(str(r.skipped.get(reason, 0)) for r in results)
+        text.append(f"{numbers}  {reason}")
+    return "\n".join(text)
+
+
+def report(results: list[Result]) -> str:
+    rows = [
+        {
+            "kernel": result.version,
+            "arch": result.job.arch,
+            "user": result.job.user,
+            "code": result.code,
+            "seconds": round(result.seconds),
+            "passed": result.counts.get("passed", 0),
+            "failed": result.failed,
+            "skipped": result.counts.get("skipped", 0),
+            "reasons": result.skipped,
+        }
+        for result in results
+    ]
+    made = {"target": "vm", "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    return json.dumps(made, indent=1) + "\n"
+
+
+def a_kernel(text: str) -> tuple[str, str]:
+    suite, _, arch = text.partition("/")
+    arch = arch or HERE
+    if suite not in SUITES or arch not in MACHINES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(SUITES)}, with or without"
+            f" one of /{', /'.join(MACHINES)}"
+        )
+    return suite, arch
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Run the tests on another kernel; see the docstring.",
+        description="Run the tests on other kernels; see the docstring.",
         epilog="All other arguments go to pytest.",
         allow_abbrev=False,
     )
@@ -576,44 +810,62 @@ def main() -> int:
     add = parser.add_argument
     add(
         "--kernel",
-        choices=SUITES,
+        type=a_kernel,
         action="append",
+        metavar="SUITE[/ARCH]",
         help="that of this Debian suite (bookworm); may be repeated",
     )
-    add("--user", choices=("root", "nobody"), default="root")
+    add(
+        "--user",
+        choices=("root", "nobody"),
+        action="append",
+        help="as whom (root); may be repeated",
+    )
     add("--memory", default="3G", help="of the machine")
     add("--limit", type=float, default=900, help="seconds to the hard end")
     add("--keep", action="store_true", help="keep the initramfs")
     add("--update", action="store_true", help="look for a newer kernel")
+    add("--json", type=Path, help="write the table there, too")
     add(
         "--cache",
         type=Path,
         default=Path(cache, "mrelease-vm").expanduser(),
         help="where kernels are kept",
     )
-    options, arguments = parser.parse_known_args()
+    options = Options()
+    _, options.arguments = parser.parse_known_args(namespace=options)
+    kernels = options.kernel or [("bookworm", HERE)]
 
-    qemu = shutil.which("qemu-system-x86_64")
-    if not qemu or not shutil.which("busybox"):
-        fail(
-            MISSING,
-            "needs QEMU and busybox: apt-get install --no-install-recommends"
-            " qemu-system-x86 busybox-static",
-        )
+    for _, arch in kernels:
+        machine = MACHINES[arch]
+        if not shutil.which(machine.qemu) or not shutil.which("busybox"):
+            fail(
+                MISSING,
+                "needs QEMU and busybox: apt-get install"
+                f" --no-install-recommends {machine.package} busybox-static",
+            )
     for name in ("pytest", "mrelease"):
         if importlib.util.find_spec(name) is None:
             fail(MISSING, f"{sys.executable} has no {name}: install it there")
 
     # SIGTERM as an exception, so that no machine is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    suites = options.kernel or ["bookworm"]
-    codes, lines = [], []
-    for suite in suites:
-        code, line = run(qemu, suite, options, arguments)
-        codes.append(code)
-        lines.append(line)
-    print(*lines, sep="\n")
-    return next(filter(None, codes), 0)
+    jobs = [
+        Job(suite, arch, user)
+        for suite, arch in kernels
+        for user in options.user or ["root"]
+    ]
+    results = []
+    for job in jobs:
+        try:
+            results.append(run(job, options))
+        except arm64.Missing as error:
+            fail(MISSING, str(error))
+    print(*(result.line for result in results), sep="\n")
+    print("\n" + table(results))
+    if options.json is not None:
+        options.json.write_text(report(results))
+    return next(filter(None, (result.code for result in results)), 0)
 
 
 if __name__ == "__main__":
