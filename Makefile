@@ -16,13 +16,12 @@ WHEEL_SOME := $(addprefix tests/test_,command.py import.py kernel_results.py \
 WHEEL_NOT := $(patsubst %,--ignore=tests/test_%.py,bench demo freed_truth \
     no_leaks storm)
 
-# What `make vm` boots, by Debian suite: one before the system call, with the
-# tests for that, and one after, with what is best shown on a machine of one's
-# own: a core dump into a pipe, cgroup v2, all capabilities.
-VM_OLD := bullseye tests/test_without_the_call.py
-VM_NEW := trixie tests/test_cgroup.py tests/test_hardening.py \
-    tests/test_kernel_results.py tests/test_memory_goes.py \
-    tests/test_rights.py tests/test_support.py
+# What `make vm` boots, by Debian suite: Linux 5.10, which has no such call,
+# 6.1, 6.12, and the newest; as whom; and of which tests, of which each runs with
+# one of its sets of parameters: another one in each machine.
+VM_KERNELS := bullseye bookworm trixie sid trixie/aarch64
+VM_USERS := root nobody
+VM_TESTS := --one-of-each {machine}
 
 # For `make free-threaded`: many threads, native or Python's, use the C code at
 # the same time; for `make asan`, its errors too.
@@ -45,7 +44,7 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
 .DEFAULT_GOAL := help
 .PHONY: help demo test storm lint format types analyze wheels vm clean \
     native asan free-threaded \
-    figures bench-overhead bench-late bench-back bench-latency bench-many \
+    promises figures bench-overhead bench-late bench-back bench-latency bench-many \
     bench-growth bench-peers
 .DELETE_ON_ERROR:
 # The Python that is run must be this tree's, whatever the shell has set.
@@ -202,11 +201,14 @@ bench-growth: $(VENV)/built ## how the time of a kill grows with the victim
 figures: $(VENV)/built $(VENV)/group-bench ## all figures of the docs (an hour)
 	@$(PY) bench/figures.py $(ARGS)
 
-vm: $(VENV)/built $(VENV)/group-test ## run tests on other kernels (QEMU)
-	@echo "== A kernel without the system call"
-	@$(PY) tests/vm/run.py --kernel $(VM_OLD) -W error $(ARGS)
-	@echo "== Another one with it"
-	@$(PY) tests/vm/run.py --kernel $(VM_NEW) -W error --quick $(ARGS)
+promises: $(MADE) ## the page of what is promised; ARGS=FOLDER of new reports
+	@$(PY) tests/promises.py $(ARGS)
+
+vm: build/vm/built ## run the tests on other kernels (QEMU)
+	@echo "== The installed wheel in machines of its own"
+	@build/vm/bin/python tests/vm/run.py $(VM_KERNELS:%=--kernel %) \
+	    $(VM_USERS:%=--user %) $(if $(MRELEASE_REPORT),--json \
+	    $(MRELEASE_REPORT)/vm.json) -W error --quick $(VM_TESTS) $(ARGS)
 
 clean: ## remove what the targets above made
 	rm -rf .venv build dist src/*.egg-info src/mrelease/*.so
@@ -292,7 +294,7 @@ build/%/built: $(MAKEFILE_LIST) setup.py pyproject.toml $(C_FILES) \
 	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" gcc
 	@echo "== Setting up build/$*"
 	@case $* in \
-	asan) python="$(PYTHON)" ;; \
+	asan | vm) python="$(PYTHON)" ;; \
 	*) python="$$($(PYTHON) tests/free_threaded.py)" ;; \
 	esac && "$$python" -m venv --clear build/$*
 	@build/$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"

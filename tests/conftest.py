@@ -12,8 +12,11 @@ then nothing is left behind: victims and guards see the end of Python.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import platform
 import signal
+import time
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -149,6 +152,31 @@ def pytest_terminal_summary(
         terminalreporter.section("skipped tests, and why")
         for (test, why), _ in sorted(skipped.items()):
             terminalreporter.write_line(f"{test}: {why}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With $MRELEASE_REPORT: what became of each test, for the docs."""
+    folder = os.environ.get("MRELEASE_REPORT")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if folder is None or reporter is None:
+        return
+    tests: dict[str, Counter[str]] = defaultdict(Counter)
+    for word in ("passed", "failed", "error", "skipped"):
+        for report in reporter.stats.get(word, ()):
+            tests[report.nodeid.partition("[")[0]][word] += 1
+    Path(folder, "test.json").write_text(
+        json.dumps(
+            {
+                "target": "test",
+                "date": time.strftime("%Y-%m-%d"),
+                "kernel": os.uname().release,
+                "python": platform.python_version(),
+                "tests": dict(sorted(tests.items())),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 # ------------------------------------------------- nothing is left behind

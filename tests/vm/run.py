@@ -11,6 +11,7 @@ cross-built wheel (arm64.py). There is no disk and no network. All arguments
 that are not this script's own go to pytest, whose output is printed as it
 comes; with --program they are a Python program of the repository, and its
 arguments, to be run in place of pytest, without the packages of the tests.
+{machine} in them is replaced by the name of each.
 At the end is a table, kernel by kernel, with what passed, failed, and
 was skipped for which reason; the exit code is the first that is not 0.
 
@@ -553,7 +554,10 @@ def pack(
     # No cache: the tests' folder may belong to somebody else.
     color = "yes" if sys.stdout.isatty() else "no"
     tests = ["-m", "pytest", "-p", "no:cacheprovider", f"--color={color}"]
-    tests = [*([] if options.program else tests), *options.arguments]
+    tests = [
+        *([] if options.program else tests),
+        *(t.replace("{machine}", "-".join(job)) for t in options.arguments),
+    ]
     lines = [
         "#!/bin/sh",
         f"cd {shlex.quote(str(ROOT))} || exit",

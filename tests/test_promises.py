@@ -1,0 +1,52 @@
+"""The page of promises is made of the reports, and names tests that exist."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+
+import pytest
+
+import promises
+from promises import ROOT, Promise
+
+ALL = [promise for part in promises.parts().values() for promise in part]
+
+
+@pytest.mark.parametrize("promise", ALL, ids=lambda promise: promise.text)
+def test_what_a_promise_is_shown_by_exists(promise: Promise) -> None:
+    assert promise.tests or promise.targets
+    for name in promise.tests:
+        file, _, function = name.partition("::")
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        names = {
+            node.name
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        assert not function or function in names, name
+        assert any(each.startswith("test_") for each in names), name
+    if promise.targets:
+        if not (ROOT / "Makefile").exists():
+            pytest.skip("this source distribution has no Makefile")
+        made = (ROOT / "Makefile").read_text()
+        for target in promise.targets:
+            assert re.search(rf"^{target}:.* ## ", made, re.MULTILINE), target
+
+
+def test_the_page_is_what_is_made_of_the_reports() -> None:
+    kept = json.loads(promises.KEPT.read_text())
+    assert promises.PAGE.read_text() == promises.page(kept)
+
+
+def test_counts_are_of_the_function_or_of_the_whole_file() -> None:
+    tests = {
+        "tests/test_a.py::test_b": {"passed": 2, "skipped": 1},
+        "tests/test_a.py::test_bc": {"passed": 3},
+        "tests/test_ab.py::test_b": {"passed": 4},
+    }
+    one = promises.of_test("tests/test_a.py::test_b", tests)
+    assert one == {"passed": 2, "skipped": 1}
+    whole = promises.of_test("tests/test_a.py", tests)
+    assert whole == {"passed": 5, "skipped": 1}
