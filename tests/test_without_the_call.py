@@ -21,8 +21,7 @@ import kernel_errors
 import victims
 
 MIB = 1 << 20
-# Linux 5.10 counts a thread's pages in batches of 64.
-NEARLY_16_MIB = 16 * MIB - 64 * victims.PAGE
+NEARLY_16_MIB = victims.nearly(16 * MIB)
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
