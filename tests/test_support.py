@@ -17,6 +17,7 @@ import pytest
 
 import mrelease
 import victims
+from cgroups import Unavailable
 from kernel_errors import KILL, ChildKilled, Do, answered, in_child
 from mrelease import Feature, Support, support
 
@@ -405,3 +406,16 @@ def test_pressure_that_it_names_can_be_read() -> None:
     if not found.works:
         pytest.skip(found.why)
     assert "some avg10=" in Path("/proc/pressure/memory").read_text()
+
+
+@pytest.mark.needs("root")
+def test_a_probe_is_not_the_init_of_a_new_pid_namespace() -> None:
+    """It would end, and no other process could be made in there."""
+
+    def run() -> None:
+        if ctypes.CDLL(None).unshare(0x20000000) != 0:  # CLONE_NEWPID
+            raise Unavailable("no pid namespaces here")
+        assert support(probe=True)
+        assert in_child(os.getpid) == 1
+
+    in_child(run)

@@ -10,7 +10,7 @@ from time import monotonic_ns
 from mrelease import _mrelease
 from mrelease.footprint import in_units
 from mrelease.killing import kill
-from mrelease.process import read_fields
+from mrelease.process import next_child_is_init, read_fields
 from mrelease.reaper import Reaper
 from mrelease.scheduling import policy_name
 from mrelease.value import Value
@@ -560,19 +560,8 @@ def _undo_scheduling(step: Step) -> Step:
 # ----------------------------------------------------------------- warm-up
 
 
-def _would_be_init() -> bool:
-    """Whether the next child is the first one of a new pid namespace.
-
-    After unshare(CLONE_NEWPID) it is, and the namespace ends with it.
-    """
-    here = "/proc/thread-self/ns"
-    return os.path.lexists(f"{here}/pid") and not os.path.exists(
-        f"{here}/pid_for_children"
-    )
-
-
 def _warm_up() -> Step:
-    if _would_be_init():
+    if next_child_is_init():
         return Step(
             "warm_up",
             "not available",

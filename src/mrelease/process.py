@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # pid_t; the kernel's own limit is lower, and its answer (no such process)
 # fits every pid that it could have been asked for.
 _PID_MAX = 2**31 - 1
+_NS_GET_PID_FROM_PIDNS = 0x8004B706  # linux/nsfs.h
 
 
 def no_such_process(pid: int, why: str) -> ProcessLookupError:
@@ -175,6 +176,35 @@ def read_fields(path: str) -> dict[str, str]:
         return dict(
             line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line
         )
+
+
+def next_child_is_init() -> bool:
+    """Whether the next child is the first one of a new pid namespace.
+
+    After unshare(CLONE_NEWPID) it is, and the namespace ends with it.  False
+    if that cannot be told (no /proc).
+    """
+    here = "/proc/thread-self/ns"
+    try:
+        own = os.stat(f"{here}/pid")
+    except OSError:
+        return False
+    try:
+        fd = os.open(f"{here}/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        # It is there once there is an init (6.18), or always (7.2).
+        return error.errno == ENOENT
+    try:
+        if os.path.samestat(own, os.fstat(fd)):
+            return False
+        from fcntl import ioctl  # not for `import mrelease`
+
+        ioctl(fd, _NS_GET_PID_FROM_PIDNS, 1)
+    except OSError as error:
+        return error.errno == ESRCH  # Linux 6.11, before that ENOTTY
+    finally:
+        os.close(fd)
+    return False
 
 
 def check_start(started: int | None) -> None:

@@ -6,7 +6,7 @@ import os
 from errno import ENOSYS, EPERM, errorcode
 
 from mrelease import _mrelease
-from mrelease.process import read_fields
+from mrelease.process import next_child_is_init, read_fields
 from mrelease.value import Value
 
 _CAP_KILL = 5
@@ -171,14 +171,15 @@ def support(*, probe: bool = False) -> Support:
     Nothing is killed and nothing is changed.  A seccomp policy may kill the
     caller of a system call that it forbids, so where a filter is active the
     calls are not tried (Feature.works is None), unless probe is true: then
-    they are tried in a child process, which costs a fork.  Raises nothing but
+    they are tried in a child process, which costs a fork (but not where that
+    would be the init of a new pid namespace, and end it).  Raises nothing but
     TypeError for a probe that is no bool.
     """
     if not isinstance(probe, bool):
         raise TypeError(f"probe must be a bool, not {type(probe).__name__}")
     status = _Status()
     calls: dict[str, int | None]
-    if probe:
+    if probe and not next_child_is_init():
         calls = dict(_mrelease.probe(True))
     elif status.seccomp is False:
         calls = dict(_mrelease.probe(False))
