@@ -33,6 +33,9 @@ _PATIENCE = 0.01
 """How long to wait for processes to stop when none does, in seconds.  One
 that forks is running, and stops within microseconds; one that does not get to
 run does not fork either."""
+_TURN = 0.004
+"""As much more for each that waits for its turn on a CPU: where they are many,
+one that does not get to run now does so before all are killed."""
 _MORE = 0.1
 """How much longer to look for the children of what did not stop."""
 _WATCH = 0.02
@@ -138,19 +141,24 @@ def _need_proc(what: str) -> None:
         )
 
 
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 class _Patience:
     """Wait a little, several times."""
 
-    __slots__ = ("_begun", "_times")
+    __slots__ = ("_begun", "_longest", "_times")
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int) -> None:
         self._begun = monotonic()
+        self._longest = _PATIENCE + _TURN * (processes // _cpus())
         self._times = 0
 
     def wait(self) -> bool:
         """Wait a moment; True instead when it is enough."""
         # Time alone will not do: the caller may not have had a CPU.
-        if self._times >= 8 and monotonic() - self._begun > _PATIENCE:
+        if self._times >= 8 and monotonic() - self._begun > self._longest:
             return True
         self._times += 1
         sleep(0.0002)
@@ -344,7 +352,7 @@ class _Tree(Selection):
         waiting = list(victims)
         for victim in waiting:
             self._stop(victim)
-        patient = _Patience()
+        patient = _Patience(len(waiting))
         while waiting:
             still: list[Victim] = []
             found: list[Victim] = []
@@ -356,13 +364,13 @@ class _Tree(Selection):
             if monotonic() > limit:
                 return late + still + found
             if len(still) < len(waiting):
-                patient = _Patience()
+                patient = _Patience(len(still))
             elif patient.wait():
                 late += still
                 for victim in still:
                     found += self._look_and_stop(victim)
                 still = []
-                patient = _Patience()
+                patient = _Patience(len(found))
             waiting = still + found
         return late
 
