@@ -17,6 +17,8 @@
 #include <limits.h>             /* INT_MAX */
 #include <poll.h>               /* poll() */
 #include <stdbool.h>
+#include <stdint.h>             /* uint64_t */
+#include <string.h>             /* strchr() */
 #include <sys/vfs.h>            /* fstatfs() */
 
 #include "child.h"
@@ -407,6 +409,55 @@ file_system(PyObject *Py_UNUSED(module), PyObject *arg)
     }
     /* 32 bits, but its type is signed on some architectures. */
     return PyLong_FromUnsignedLong((uint32_t)found.f_type);
+}
+
+PyDoc_STRVAR(open_inside_doc,
+"open_inside($module, at, name, flags, /)\n"
+"--\n"
+"\n"
+"Open what lies in a directory itself: (openat2(2), Linux 5.6)\n"
+"\n"
+"no link (ELOOP), nothing that is mounted there (EXDEV), no path (EINVAL).\n"
+"Without openat2() what is mounted there is not seen.  Raises OSError by\n"
+"errno.");
+
+static PyObject *
+open_inside(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    int at, flags;
+    PyObject *name;
+    if (!PyArg_ParseTuple(args, "iO&i", &at, PyUnicode_FSConverter, &name,
+                          &flags))
+    {
+        return NULL;
+    }
+    const char *file = PyBytes_AsString(name);
+    if (file == NULL || strchr(file, '/') != NULL || strcmp(file, "..") == 0) {
+        Py_DECREF(name);
+        return file == NULL ? NULL : raise_errno(EINVAL);
+    }
+    flags |= O_CLOEXEC | O_NOFOLLOW;
+    struct sys_open_how how = {
+        .flags = (uint64_t)flags,
+        .resolve = SYS_RESOLVE_NO_XDEV | SYS_RESOLVE_NO_MAGICLINKS |
+                   SYS_RESOLVE_NO_SYMLINKS | SYS_RESOLVE_BENEATH,
+    };
+    int fd, err;
+    Py_BEGIN_ALLOW_THREADS
+    fd = sys_openat2(at, file, &how);
+    if (fd < 0 && (errno == ENOSYS || errno == EPERM)) {
+        /* Older, or a seccomp policy that does not know it. */
+        fd = openat(at, file, flags);
+    }
+    err = errno;
+    Py_END_ALLOW_THREADS
+    Py_DECREF(name);
+    if (fd < 0) {
+        errno = err;
+        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError,
+                                                    PyTuple_GetItem(args, 1));
+    }
+    return PyLong_FromLong(fd);
 }
 
 static PyObject *
@@ -1267,6 +1318,7 @@ static PyMethodDef methods[] = {
     {"pidfd_signal", (PyCFunction)(void (*)(void))pidfd_signal, METH_FASTCALL,
      pidfd_signal_doc},
     {"file_system", file_system, METH_O, file_system_doc},
+    {"open_inside", open_inside, METH_VARARGS, open_inside_doc},
     {"proc_is_ours", proc_is_ours, METH_NOARGS, proc_is_ours_doc},
     {"read_footprint", read_footprint, METH_O, read_footprint_doc},
     {"read_stat", read_stat, METH_O, read_stat_doc},

@@ -2,11 +2,13 @@
 
 #include <errno.h>
 #include <fcntl.h>              /* open() */
+#include <linux/magic.h>        /* PROC_SUPER_MAGIC */
 #include <signal.h>             /* SIGKILL */
 #include <stdio.h>              /* snprintf() */
 #include <stdlib.h>             /* strtoll() */
 #include <string.h>
 #include <sys/stat.h>           /* fstatat() */
+#include <sys/vfs.h>            /* fstatfs() */
 #include <unistd.h>             /* read() */
 
 #include "syscalls.h"
@@ -20,8 +22,8 @@
 #define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000
 
-bool
-procfs_is_ours(void)
+static bool
+has_our_numbers(void)
 {
     /* Our number, as that /proc has it. */
     char self[16];
@@ -33,16 +35,34 @@ procfs_is_ours(void)
     return strtol(self, NULL, 10) == getpid();
 }
 
+bool
+procfs_is_ours(void)
+{
+    struct statfs found;
+    return has_our_numbers() && statfs("/proc", &found) == 0 &&
+           (uint32_t)found.f_type == PROC_SUPER_MAGIC;
+}
+
 static int
 open_proc(pid_t pid, const char *name, int flags)
 {
     char path[PATH_SIZE];
-    if (!procfs_is_ours()) {
+    struct statfs found;
+    if (!has_our_numbers()) {
         errno = ENOENT;
         return -1;
     }
     snprintf(path, sizeof(path), "/proc/%d/%s", (int)pid, name);
-    return open(path, O_CLOEXEC | flags);
+    int fd = open(path, O_CLOEXEC | O_NOCTTY | flags);
+    /* Files of another kind that were mounted there say what they like. */
+    if (fd >= 0 && (fstatfs(fd, &found) < 0 ||
+                    (uint32_t)found.f_type != PROC_SUPER_MAGIC))
+    {
+        close(fd);
+        errno = ENOENT;
+        return -1;
+    }
+    return fd;
 }
 
 /* If `line` begins with `key`, the text behind it, else NULL. */
@@ -98,6 +118,11 @@ take_line(struct procfs_status *status, const char *line, bool *has_mm)
             status->kill_pending |= (pending >> (SIGKILL - 1)) & 1;
         }
         return;
+    case 'P':
+        if ((value = value_of(line, "Pid:")) != NULL) {
+            status->pid = (pid_t)strtol(value, NULL, 10);
+        }
+        return;
     case 'C':
         if ((value = value_of(line, "CoreDumping:")) != NULL) {
             status->dumping = strtol(value, NULL, 10) != 0;
@@ -124,7 +149,8 @@ read_status_fd(int fd, pid_t tid, struct procfs_status *status)
         }
         if (n == 0) {
             status->user = has_mm ? tid : 0;
-            return status->threads > 0 ? 0 : ESRCH;
+            /* The folder of another process may be mounted there. */
+            return status->threads > 0 && status->pid == tid ? 0 : ESRCH;
         }
         have += (size_t)n;
         buffer[have] = '\0';
@@ -232,6 +258,9 @@ procfs_read_stat(pid_t pid, struct procfs_stat *stat)
         return err;
     }
     buffer[n] = '\0';
+    if (strtol(buffer, NULL, 10) != pid) {
+        return ESRCH;           /* the folder of another process */
+    }
 
     /* The name, field 2, may hold anything, but it ends at the last ')'. */
     char *at = strrchr(buffer, ')');
@@ -255,7 +284,7 @@ bool
 procfs_is_dying(pid_t pid)
 {
     struct procfs_stat stat;
-    struct procfs_status status;
+    struct procfs_status status = {.kill_pending = false};
 
     if (procfs_read_stat(pid, &stat) != 0 || stat.kernel_thread) {
         return false;

@@ -8,7 +8,8 @@
  * Callers hold a pidfd: what was read is about the right process if the pidfd
  * shows afterwards that it had not been waited for yet.  A /proc of another
  * pid namespace names others by the same numbers: nothing is read there, as if
- * none were mounted.
+ * none were mounted.  Nor is anything read from a file that is not procfs's
+ * own, or that tells another pid: both may have been mounted over it.
  */
 
 #ifndef MRELEASE_PROCFS_H
@@ -29,6 +30,7 @@ struct procfs_status {
     int64_t shmem;              /* RssShmem */
     int64_t swap;               /* VmSwap */
     int64_t hugetlb;            /* HugetlbPages */
+    pid_t pid;                  /* as it was asked for */
     pid_t tgid;                 /* differs from the pid asked for a thread */
     pid_t user;                 /* a thread that uses the memory, or 0 */
     int threads;

@@ -33,12 +33,17 @@
 #  define SYSCALL_OFFSET 0
 #endif
 
-/* Build images may have headers older than the calls: Linux 5.1, 5.3, 5.15. */
+/* Build images may have headers older than the calls: Linux 5.1, 5.3, 5.6,
+ * 5.15.
+ */
 #ifndef SYS_pidfd_send_signal
 #  define SYS_pidfd_send_signal (SYSCALL_OFFSET + 424)
 #endif
 #ifndef SYS_pidfd_open
 #  define SYS_pidfd_open (SYSCALL_OFFSET + 434)
+#endif
+#ifndef SYS_openat2
+#  define SYS_openat2 (SYSCALL_OFFSET + 437)
 #endif
 #ifndef SYS_process_mrelease
 #  define SYS_process_mrelease (SYSCALL_OFFSET + 448)
@@ -61,6 +66,24 @@ sys_pidfd_send_signal(int pidfd, int signum)
 {
     return (int)syscall(SYS_pidfd_send_signal, pidfd, signum,
                         (siginfo_t *)NULL, 0U);
+}
+
+/* struct open_how and RESOLVE_* of <linux/openat2.h>. */
+struct sys_open_how {
+    uint64_t flags;
+    uint64_t mode;
+    uint64_t resolve;
+};
+
+#define SYS_RESOLVE_NO_XDEV 0x01
+#define SYS_RESOLVE_NO_MAGICLINKS 0x02
+#define SYS_RESOLVE_NO_SYMLINKS 0x04
+#define SYS_RESOLVE_BENEATH 0x08
+
+static inline int
+sys_openat2(int at, const char *name, const struct sys_open_how *how)
+{
+    return (int)syscall(SYS_openat2, at, name, how, sizeof(*how));
 }
 
 static inline long

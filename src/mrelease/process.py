@@ -12,6 +12,7 @@ import sys
 from errno import EINVAL, EMFILE, ENFILE, ENOENT, ENOSYS, EPERM, ESRCH
 
 from mrelease import _mrelease
+from mrelease.directory import PROC_SUPER_MAGIC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -166,16 +167,34 @@ def _cannot_pin(pid: int, error: OSError) -> Exception:
     )
 
 
+def read_proc(path: str) -> bytes:
+    """Read a file of /proc; one that is mounted there is not taken for it.
+
+    Raises OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        if _mrelease.file_system(fd) != PROC_SUPER_MAGIC:
+            raise OSError(ENOENT, "it is not a file of procfs", path)
+        text = part = os.read(fd, 1 << 16)
+        while part and len(part) >= 4000:  # a page may not be all of it
+            part = os.read(fd, 1 << 16)
+            text += part
+        return text
+    finally:
+        os.close(fd)
+
+
 def read_fields(path: str) -> dict[str, str]:
     """Read a file of /proc whose lines are a name, a colon, a tab, a value.
 
     Raises OSError.
     """
     # A process may be named in any encoding.
-    with open(path, encoding="ascii", errors="replace") as file:
-        return dict(
-            line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line
-        )
+    text = read_proc(path).decode("ascii", "replace")
+    return dict(
+        line.split(":\t", 1) for line in text.split("\n") if ":\t" in line
+    )
 
 
 def next_child_is_init() -> bool:

@@ -13,7 +13,7 @@ from errno import EMFILE, ENOENT, EPERM, ESRCH
 from time import CLOCK_BOOTTIME, clock_gettime, monotonic, sleep
 
 from mrelease import _mrelease
-from mrelease.process import no_file_left
+from mrelease.process import no_file_left, read_proc
 from mrelease.protocol import Terms, may_signal
 from mrelease.reaper import Reaper
 from mrelease.release import Outcome, Release
@@ -59,24 +59,14 @@ class _Stat:
         self.started = int(fields[19])
 
 
-def _read(path: str) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        text = part = os.read(fd, 1 << 16)
-        while part and len(part) >= 4000:  # a page may not be all of it
-            part = os.read(fd, 1 << 16)
-            text += part
-        return text
-    finally:
-        os.close(fd)
-
-
 def _stat_of(pid: int) -> _Stat | None:
     """Give None for a process that is gone or hidden."""
     try:
-        return _Stat(_read(f"/proc/{pid}/stat"))
+        text = read_proc(f"/proc/{pid}/stat")
     except OSError:
         return None
+    # The folder of another process may be mounted there.
+    return _Stat(text) if text.startswith(b"%d " % pid) else None
 
 
 def _all_pids() -> list[int]:
@@ -97,7 +87,7 @@ def _children_of(pid: int) -> list[int]:
     found: list[int] = []
     for tid in _tasks(pid):
         try:
-            text = _read(f"/proc/{pid}/task/{tid}/children")
+            text = read_proc(f"/proc/{pid}/task/{tid}/children")
         except OSError:
             continue
         found += map(int, text.split())
@@ -117,7 +107,7 @@ def _stands(victim: Victim) -> bool:
     states: set[bytes] = set()
     for tid in _tasks(victim.pid):
         try:
-            text = _read(f"/proc/{victim.pid}/task/{tid}/stat")
+            text = read_proc(f"/proc/{victim.pid}/task/{tid}/stat")
         except OSError:
             continue
         states.add(_Stat(text).state)
