@@ -17,11 +17,14 @@ from errno import (
     ENOENT,
     EOPNOTSUPP,
     EPERM,
+    EXDEV,
 )
 from time import monotonic, sleep
 
 from mrelease import _mrelease
+from mrelease.directory import Distrusted, open_directory
 from mrelease.footprint import in_units
+from mrelease.printable import printable
 from mrelease.protocol import Terms
 from mrelease.reaper import Reaper
 from mrelease.release import Outcome, Release
@@ -149,29 +152,43 @@ class CgroupRelease(Value):
             state = "still populated" if self.populated else "empty"
         else:
             state = f"empty in {self.emptied * 1e3:.1f} ms"
-        return f"cgroup {self.path} {state}: {', '.join(parts)}"
+        name = printable(self.path)
+        return f"cgroup {name} {state}: {', '.join(parts)}"
 
 
-class _Cgroup:
-    """An open cgroup directory, and those in it."""
+class Cgroup:
+    """An open cgroup directory, and those in it.
+
+    It is opened once.  From then on it is this directory, whatever the path
+    comes to mean: all is read, and killed, through its file descriptor.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            # Symbolic links are followed: container engines use them.  From
-            # here on it is this directory, whatever the path comes to mean.
-            self.fd: int = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            self.fd: int = open_directory(path)
         except NotADirectoryError:
             raise self.refused("it is not a directory") from None
+        except Distrusted as error:
+            raise self.refused(str(error)) from None
         try:
             self.version: int = self._check()
         except BaseException:
             os.close(self.fd)
             raise
 
+    def again(self) -> Cgroup:
+        """Give the same directory with a file descriptor of its own."""
+        other = Cgroup.__new__(Cgroup)
+        other.path, other.version = self.path, self.version
+        other.fd = os.dup(self.fd)
+        return other
+
     def refused(self, why: str) -> ValueError:
+        """Give the error for what must not be killed."""
         return ValueError(
-            f"cgroup {self.path} is refused: {why}; nothing was signalled"
+            f"cgroup {printable(self.path)} is refused: {why}; nothing was "
+            "signalled"
         )
 
     def _check(self) -> int:
@@ -179,6 +196,10 @@ class _Cgroup:
         if kind == _CGROUP2_SUPER_MAGIC:
             # Both files are in every cgroup but the root.
             if not self.has("cgroup.events"):
+                if not self.has("cgroup.procs"):  # removed meanwhile
+                    raise FileNotFoundError(
+                        ENOENT, os.strerror(ENOENT), self.path
+                    )
                 raise self.refused("it is the root of all cgroups")
             if self.has("cgroup.type"):
                 found = self.read("cgroup.type").strip()
@@ -195,15 +216,17 @@ class _Cgroup:
         raise self.refused("it is not a cgroup")
 
     def has(self, name: str) -> bool:
+        """Whether there is such a file in it."""
         try:
-            os.stat(name, dir_fd=self.fd)
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
 
     def read(self, name: str, fd: int | None = None) -> str:
+        """Read a file of it, or of the one in it that is open as fd."""
         at = self.fd if fd is None else fd
-        file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=at)
+        file = _mrelease.open_inside(at, name, os.O_RDONLY)
         try:
             text = b""
             while part := os.read(file, 1 << 16):
@@ -213,7 +236,11 @@ class _Cgroup:
         return text.decode("ascii")
 
     def pids(self) -> tuple[set[int], int]:
-        """Give the pids in it and below; and how many have no pid here."""
+        """Give the pids in it and below; and how many have no pid here.
+
+        Raises OSError; with EXDEV if something is mounted in it: that would be
+        another cgroup, and what it hides cannot be seen.
+        """
         found: set[int] = set()
         unseen = self._gather(self.fd, found)
         return found, unseen
@@ -236,10 +263,8 @@ class _Cgroup:
                 unseen += 1
         for name in self._below(at):
             try:
-                fd = os.open(
-                    name,
-                    os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW,
-                    dir_fd=at,
+                fd = _mrelease.open_inside(
+                    at, name, os.O_RDONLY | os.O_DIRECTORY
                 )
             except FileNotFoundError:
                 continue
@@ -293,13 +318,12 @@ class _Cgroup:
         if self.version == 1:
             return None
         try:
-            return os.open(
-                "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self.fd
-            )
+            return _mrelease.open_inside(self.fd, "cgroup.kill", os.O_WRONLY)
         except OSError:
             return None
 
     def close(self) -> None:
+        """Let go of it."""
         os.close(self.fd)
 
 
@@ -307,7 +331,7 @@ class CgroupKilling:
     """One call: the processes that were found, and what came of them."""
 
     def __init__(
-        self, cgroup: _Cgroup, begun: float, timeout: float, locks: _Locks
+        self, cgroup: Cgroup, begun: float, timeout: float, locks: _Locks
     ) -> None:
         from signal import SIGKILL  # heavy: not for `import mrelease`
 
@@ -329,7 +353,12 @@ class CgroupKilling:
     def prepare(self) -> None:
         """Pin everything, and raise what is to be raised."""
         cgroup = self._cgroup
-        pids, self._unseen = cgroup.pids()
+        try:
+            pids, self._unseen = cgroup.pids()
+        except OSError as error:
+            if error.errno != EXDEV:
+                raise
+            raise cgroup.refused("something is mounted in it") from None
         for pid, who in ((os.getpid(), "the caller"), (1, "pid 1")):
             if pid in pids:
                 raise cgroup.refused(f"{who} is in it")
@@ -352,8 +381,9 @@ class CgroupKilling:
         if self._victims or self._unseen:
             raise PermissionError(
                 EPERM,
-                f"cannot kill cgroup {self._cgroup.path}: its cgroup.kill "
-                "cannot be written and none of its processes be signalled; "
+                f"cannot kill cgroup {printable(self._cgroup.path)}: its "
+                "cgroup.kill cannot be written and none of its processes be "
+                "signalled; "
                 "nothing was signalled",
             )
 
@@ -383,9 +413,9 @@ class CgroupKilling:
                 if strict:
                     raise OSError(
                         error.errno,
-                        f"cannot kill cgroup {self._cgroup.path}: no pidfd "
-                        f"for pid {pid}: {error.strerror}; nothing was "
-                        "signalled",
+                        f"cannot kill cgroup {printable(self._cgroup.path)}: "
+                        f"no pidfd for pid {pid}: {error.strerror}; nothing "
+                        "was signalled",
                     ) from None
                 self._skipped.add(pid)
                 self._releases.append(
@@ -541,7 +571,10 @@ def kill_cgroup(
     """Kill all processes of a cgroup, and release their memory in parallel.
 
     path is the cgroup's directory, of version 1 (any hierarchy) or 2; cgroups
-    in it are included, symbolic links in the path are followed.  All processes
+    in it are included.  Symbolic links in the path are followed if they are
+    root's or the caller's own; of /proc, those in /proc/self/fd.  It is opened
+    once, and all is done through that file descriptor: if the path comes to
+    name another cgroup meanwhile, that one is left alone.  All processes
     are pinned, killed and released by the reaper, or one that is made for the
     call; then cgroup.kill (version 2, Linux 5.14) kills what was forked
     meanwhile, and that is released, too.  In version 1, or without the right
@@ -555,7 +588,8 @@ def kill_cgroup(
 
     Raises, before anything was signalled: FileNotFoundError; ValueError and
     TypeError for bad arguments, what is not a cgroup, the root of all cgroups
-    or of a hierarchy, a threaded cgroup, one with the caller or pid 1 in it;
+    or of a hierarchy, a threaded cgroup, one with the caller or pid 1 in it,
+    one in which something is mounted, a path by another user's link;
     PermissionError if cgroup.kill may not be written and none of its processes
     be signalled; OSError if no file descriptor is left (if there are fewer
     than processes, they are released one batch after the other).  After that
@@ -572,9 +606,20 @@ def kill_cgroup(
         raise TypeError(
             f"the path of a cgroup must be str, not {type(name).__name__}"
         )
-    killing = find_cgroup(name, begun, timeout, locks)
+    return kill_opened(Cgroup(name), begun, timeout, locks, reaper)
+
+
+def kill_opened(
+    cgroup: Cgroup,
+    begun: float,
+    timeout: float,
+    locks: _Locks,
+    reaper: Reaper | None,
+) -> CgroupRelease:
+    """Kill what is in a cgroup, as kill_cgroup() does, and close it."""
+    killing = find_cgroup(cgroup, begun, timeout, locks)
     try:
-        sys.audit("mrelease.kill_cgroup", name)
+        sys.audit("mrelease.kill_cgroup", cgroup.path)
         if reaper is not None:
             return killing.run(reaper)
         with Reaper() as own:
@@ -588,10 +633,13 @@ def kill_cgroup(
 
 
 def find_cgroup(
-    path: str, begun: float, timeout: float, locks: _Locks
+    cgroup: Cgroup, begun: float, timeout: float, locks: _Locks
 ) -> CgroupKilling:
-    """Pin what is in a cgroup; raises as kill_cgroup() does."""
-    killing = CgroupKilling(_Cgroup(path), begun, timeout, locks)
+    """Pin what is in a cgroup, which is closed with it, or by an error.
+
+    Raises as kill_cgroup() does.
+    """
+    killing = CgroupKilling(cgroup, begun, timeout, locks)
     try:
         killing.prepare()
     except BaseException:

@@ -28,8 +28,9 @@ from errno import EPERM, ESRCH, errorcode
 from time import monotonic, sleep
 
 from mrelease import __version__, _mrelease
-from mrelease.cgroup import find_cgroup, kill_cgroup
+from mrelease.cgroup import Cgroup, find_cgroup, kill_opened
 from mrelease.footprint import in_units
+from mrelease.printable import printable
 from mrelease.progress import Progress, WatchedReaper
 from mrelease.protocol import Terms, may_signal, refusal
 from mrelease.release import Outcome, Release
@@ -41,7 +42,7 @@ from mrelease.victim import Victim
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import Literal, TextIO
+    from typing import Literal, NoReturn, TextIO
 
     from mrelease.cgroup import CgroupRelease
     from mrelease.reaper import Reaping
@@ -113,7 +114,12 @@ def _silence(stream: TextIO) -> None:
 def _tell(text: str, stream: TextIO) -> None:
     """Print a line.  That nobody can read it must not stop a kill."""
     try:
-        print(text, file=stream, flush=True)
+        try:
+            print(text, file=stream, flush=True)
+        except UnicodeEncodeError:  # nothing was written
+            code = stream.encoding
+            text = text.encode(code, "backslashreplace").decode(code)
+            print(text, file=stream, flush=True)
     except (OSError, ValueError):
         _silence(stream)
 
@@ -188,7 +194,7 @@ def _told_of_trouble(kind: str, target: str, error: OSError) -> _Told:
     gone = isinstance(error, (ProcessLookupError, FileNotFoundError))
     line = error.strerror or str(error)
     if error.filename is not None:
-        line = f"{line}: {error.filename}"
+        line = f"{line}: {printable(str(error.filename))}"
     document: dict[str, object] = {
         kind: target,
         "outcome": (Outcome.GONE if gone else Outcome.DENIED).value,
@@ -382,13 +388,24 @@ def _told_of_one(victim: Victim, release: Release) -> _Told:
 # ------------------------------------------------------- trees and groups
 
 
-def _find(args: argparse.Namespace, target: int | str) -> list[Victim]:
+def _find(
+    args: argparse.Namespace,
+    target: int | str,
+    opened: dict[str, Cgroup],
+    stack: contextlib.ExitStack,
+) -> list[Victim]:
     """Pin what would be killed; who calls closes it.
+
+    A cgroup is opened now: what the path means later is of no account.
 
     Raises what the kill would raise.
     """
     if isinstance(target, str):
-        killing = find_cgroup(target, monotonic(), args.timeout, args.locks)
+        cgroup = opened[target] = Cgroup(target)
+        stack.callback(cgroup.close)
+        killing = find_cgroup(
+            cgroup.again(), monotonic(), args.timeout, args.locks
+        )
         with contextlib.closing(killing):
             return [Victim(victim) for victim in killing.victims]
     found = (
@@ -403,10 +420,11 @@ def _kill_each(args: argparse.Namespace, targets: Sequence[int | str]) -> int:
     worst = 0
     with contextlib.ExitStack() as stack:
         ready: list[tuple[int | str, list[Victim] | OSError]] = []
+        opened: dict[str, Cgroup] = {}
         for target in targets:
             # All of them: what is wrong usage must come before any signal.
             try:
-                found = _find(args, target)
+                found = _find(args, target, opened, stack)
             except OSError as error:
                 ready.append((target, error))
                 continue
@@ -422,9 +440,17 @@ def _kill_each(args: argparse.Namespace, targets: Sequence[int | str]) -> int:
             try:
                 if isinstance(victims, OSError):
                     raise victims
-                told = _kill_one(args, target, victims, reaper)
+                told = _kill_one(args, target, victims, opened, reaper)
             except OSError as error:
                 told = [_told_of_trouble(args.kind, str(target), error)]
+            except ValueError as error:
+                # It was good before: somebody changed it since.  That must
+                # not stop the others.
+                told = [
+                    _told_of_trouble(
+                        args.kind, str(target), OSError(EPERM, str(error))
+                    )
+                ]
             except Stopped as stop:
                 if reaper is not None:
                     reaper.close(0)  # cuts the graces short
@@ -441,11 +467,16 @@ def _kill_one(
     args: argparse.Namespace,
     target: int | str,
     victims: list[Victim],
+    opened: dict[str, Cgroup],
     reaper: WatchedReaper | None,
 ) -> list[_Told]:
     if isinstance(target, str):
-        result = kill_cgroup(
-            target, timeout=args.timeout, locks=args.locks, reaper=reaper
+        result = kill_opened(
+            opened[target].again(),
+            monotonic(),
+            args.timeout,
+            args.locks,
+            reaper,
         )
         told = (
             []
@@ -462,6 +493,11 @@ def _kill_one(
             reaper=reaper,
         )
     else:
+        if all(_mrelease.pidfd_state(each) == "reaped" for each in victims):
+            # It has become empty, and the number may be another group's.
+            raise ProcessLookupError(
+                ESRCH, f"cannot kill process group {target}: it has ended"
+            )
         releases = kill_group(
             target,
             grace=args.grace,
@@ -488,7 +524,7 @@ def _tell_of_stop(
 ) -> None:
     """Say what a signal to this command meant for trees and groups."""
     for turn, (target, found) in enumerate(left):
-        name = f"{args.kind} {target}"
+        name = f"{args.kind} {printable(str(target))}"
         if isinstance(found, OSError):
             told = _told_of_trouble(args.kind, str(target), found)
         else:
@@ -679,9 +715,19 @@ def _seconds(text: str) -> float:
         ) from None
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that shows arguments as they can be shown."""
+
+    def error(self, message: str) -> NoReturn:
+        # It repeats some as they are.
+        if not message.isprintable():
+            message = printable(message)
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mrelease", description=_DESCRIPTION, formatter_class=raw
     )
     parser.add_argument(

@@ -6,6 +6,7 @@ import os
 from errno import ENOSYS, EPERM, errorcode
 
 from mrelease import _mrelease
+from mrelease.printable import printable
 from mrelease.process import next_child_is_init, read_fields
 from mrelease.value import Value
 
@@ -395,10 +396,14 @@ def _cgroup() -> Feature:
             except OSError:
                 continue
             if "memory" in controllers:
-                return Feature("cgroup", True, f"version 2 at {where}")
+                return Feature(
+                    "cgroup", True, f"version 2 at {printable(where)}"
+                )
         elif kind == "cgroup" and "memory" in options.split(","):
             return Feature(
-                "cgroup", True, f"version 1 at {where}, without cgroup.kill"
+                "cgroup",
+                True,
+                f"version 1 at {printable(where)}, without cgroup.kill",
             )
     return Feature(
         "cgroup",
