@@ -357,10 +357,13 @@ pidfd_state(PyObject *Py_UNUSED(module), PyObject *arg)
 }
 
 PyDoc_STRVAR(pidfd_signal_doc,
-"pidfd_signal($module, pidfd, signum, /)\n"
+"pidfd_signal($module, pidfd, signum, group=False, /)\n"
 "--\n"
 "\n"
 "Send a signal to the process of a pidfd: pidfd_send_signal(2), Linux 5.1.\n"
+"\n"
+"With group, to the process group that it leads or led: Linux 6.9, EINVAL\n"
+"before that.\n"
 "\n"
 "Not signal.pidfd_send_signal(), which a Python that was built on an old\n"
 "system lacks.  Raises OSError by errno.");
@@ -369,9 +372,9 @@ static PyObject *
 pidfd_signal(PyObject *Py_UNUSED(module), PyObject *const *args,
              Py_ssize_t nargs)
 {
-    if (nargs != 2) {
+    if (nargs < 2 || nargs > 3) {
         return PyErr_Format(PyExc_TypeError,
-                            "pidfd_signal expected 2 arguments, got %zd",
+                            "pidfd_signal expected 2 or 3 arguments, got %zd",
                             nargs);
     }
     int pidfd = as_fd(args[0]);
@@ -382,7 +385,13 @@ pidfd_signal(PyObject *Py_UNUSED(module), PyObject *const *args,
     if (signum == -1) {
         return NULL;
     }
-    if (sys_pidfd_send_signal(pidfd, (int)signum) < 0) {
+    int group = nargs > 2 ? PyObject_IsTrue(args[2]) : 0;
+    if (group < 0) {
+        return NULL;
+    }
+    if ((group ? sys_pidfd_signal_group(pidfd, (int)signum)
+               : sys_pidfd_send_signal(pidfd, (int)signum)) < 0)
+    {
         return raise_errno(errno);
     }
     Py_RETURN_NONE;

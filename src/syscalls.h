@@ -68,6 +68,17 @@ sys_pidfd_send_signal(int pidfd, int signum)
                         (siginfo_t *)NULL, 0U);
 }
 
+/* To the process group that has this process's number.  Linux 6.9; EINVAL
+ * before that.
+ */
+static inline int
+sys_pidfd_signal_group(int pidfd, int signum)
+{
+    /* PIDFD_SIGNAL_PROCESS_GROUP */
+    return (int)syscall(SYS_pidfd_send_signal, pidfd, signum,
+                        (siginfo_t *)NULL, 1U << 2);
+}
+
 /* struct open_how and RESOLVE_* of <linux/openat2.h>. */
 struct sys_open_how {
     uint64_t flags;

@@ -450,13 +450,28 @@ class _Group(Selection):
         found = self.look()
         if not all(map(_ended, found)) and os.getpgrp() != self.pgid:
             # They may fork faster than they can be found.  The kernel signals
-            # a group at once, those that are being forked as well; it is
-            # the same group, since there is a living member in it.
-            try:
-                os.killpg(self.pgid, self._kill_signal)
-            except OSError:
-                pass
+            # a group at once, those that are being forked as well.
+            self._kill_whole()
         return found
+
+    def _kill_whole(self) -> None:
+        leader = self._by_pid.get(self.pgid)
+        if leader is not None:
+            try:
+                # By its pidfd: no other group can come to be meant, though
+                # all of this one have ended meanwhile.
+                _mrelease.pidfd_signal(leader, self._kill_signal, True)
+                return
+            except OSError:
+                pass  # before Linux 6.9, or none is left
+        # By number: of the same group, since there was a living member in it
+        # a moment ago.
+        if all(map(_ended, self.victims)):
+            return
+        try:
+            os.killpg(self.pgid, self._kill_signal)
+        except OSError:
+            pass
 
 
 # ------------------------------------------------------------- the killing
