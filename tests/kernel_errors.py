@@ -343,19 +343,24 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def _install(verdicts: Mapping[int, int]) -> int:
+def allow_only(numbers: Iterable[int], code: int = errno.EPERM) -> None:
+    """Filter this thread, for good: all other calls fail with this errno."""
+    _install(dict.fromkeys(numbers, _ALLOW), _ERRNO | code)
+
+
+def _install(verdicts: Mapping[int, int], rest: int = _ALLOW) -> int:
     """Filter this thread: number -> verdict. The listener's fd, or -1."""
     _, seccomp, arch = _MACHINES[platform.machine()]
     load, equal, give = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, JMP|JEQ|K, RET|K
     code = [
         (load, 0, 0, 4),  # seccomp_data.arch
         (equal, 1, 0, arch),
-        (give, 0, 0, _ALLOW),
+        (give, 0, 0, rest),
         (load, 0, 0, 0),  # seccomp_data.nr
     ]
     for nr, verdict in verdicts.items():
         code += [(equal, 0, 1, nr), (give, 0, 0, verdict)]
-    code.append((give, 0, 0, _ALLOW))
+    code.append((give, 0, 0, rest))
     raw = b"".join(struct.pack("=HBBI", *c) for c in code)
     program = _Program(len(code), raw)
     if _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
