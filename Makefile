@@ -161,6 +161,11 @@ wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
 	@echo "== Each small, one for 3.11, one for 3.12 and later"
 	@$(PY) -c "$$WHEEL_SIZE" dist/*.whl
 	@ls dist/*-cp311-cp311-linux_*.whl dist/*-cp312-abi3-linux_*.whl
+	@echo "== Each with a bill of materials that the schema of CycloneDX allows"
+	@$(PY) -c "$$WHEEL_BILL" dist/*.whl
+	@echo "== Built again, elsewhere and otherwise: the same bytes"
+	@$(PY) tests/reproducible.py $(PY) \
+	    build/python-$(word 2,$(WHEEL_PYTHONS))/bin/python dist
 	@echo "== twine, auditwheel, abi3audit"
 	@$(VENV)/bin/twine check --strict dist/*
 	@for wheel in dist/*.whl; do \
@@ -256,6 +261,26 @@ for wheel in sys.argv[1:]:
         sys.exit("too big: at most 102,400 without demo and bench, 131,072 in all")
 endef
 export WHEEL_SIZE
+
+define WHEEL_BILL
+import hashlib, json, re, sys, zipfile
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+for wheel in sys.argv[1:]:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist()
+                   if re.fullmatch(r"[^/]+[.]dist-info/sboms/.+", name))
+        text = archive.read(name).decode()
+    if error := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text):
+        sys.exit(f"{wheel}: {name}: {error}")
+    files = json.loads(text)["components"]
+    for each in files:
+        with open("build/sdist/" + each["name"], "rb") as file:
+            found = hashlib.sha256(file.read()).hexdigest()
+        assert each["hashes"][0]["content"] == found, each
+    print(f"{wheel}: {name}, {len(files)} sources")
+endef
+export WHEEL_BILL
 
 # The name of the stamp has $(PYTHON) in it: another Python, another .venv.
 MADE := $(VENV)/made-with-$(subst /,_,$(PYTHON))
