@@ -55,9 +55,7 @@ look_at_batch(struct batch *batch)
         unsigned long left = (unsigned long)(batch->count - first);
         ssize_t n = process_vm_readv(batch->tid[first], local + first, left,
                                      remote + first, left, 0);
-        if (n < 0 && errno != ESRCH) {
-            found = LOCKS_UNKNOWN;
-        }
+        bool has_ended = n < 0 && errno == ESRCH;
         int whole = n < 0 ? 0 : (int)((size_t)n / sizeof(struct head));
         for (int i = first; i < first + whole; i++) {
             if (is_held(&batch->head[i], batch->address[i])) {
@@ -66,11 +64,14 @@ look_at_batch(struct batch *batch)
             }
         }
         first += whole;
-        if (first < batch->count) {
-            /* This one could not be read.  If that was for ESRCH, the thread
-             * has let go of the memory, and its locks were handed on before.
-             * The others are read through the next thread.
+        if (whole == 0) {
+            /* Not even this one could be read.  If that was for ESRCH, the
+             * thread has let go of the memory, and its locks were handed on
+             * before.  The others are read through the next thread.
              */
+            if (!has_ended) {
+                found = LOCKS_UNKNOWN;
+            }
             first++;
         }
     }

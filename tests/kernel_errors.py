@@ -257,9 +257,9 @@ _X86_64 = {
     "openat": 257, "pipe2": 293, "poll": 7, "ppoll": 271, "prctl": 157,
     "prlimit64": 302, "process_vm_readv": 310, "read": 0, "readv": 19,
     "rt_tgsigqueueinfo": 297, "sched_setaffinity": 203, "sched_setattr": 314,
-    "sched_setparam": 142, "sched_setscheduler": 144, "setpriority": 141,
-    "sigaltstack": 131, "tgkill": 234, "tkill": 200, "wait4": 61,
-    "waitid": 247, "write": 1,
+    "sched_setparam": 142, "sched_setscheduler": 144, "set_robust_list": 273,
+    "setpriority": 141, "sigaltstack": 131, "tgkill": 234, "tkill": 200,
+    "wait4": 61, "waitid": 247, "write": 1,
 }  # fmt: skip
 # The table that newer architectures share: aarch64, riscv64, loongarch64.
 _GENERIC = {
@@ -271,9 +271,9 @@ _GENERIC = {
     "openat": 56, "pipe2": 59, "ppoll": 73, "prctl": 167, "prlimit64": 261,
     "process_vm_readv": 270, "read": 63, "readv": 65,
     "rt_tgsigqueueinfo": 240, "sched_setaffinity": 122, "sched_setattr": 274,
-    "sched_setparam": 118, "sched_setscheduler": 119, "setpriority": 140,
-    "sigaltstack": 132, "tgkill": 131, "tkill": 130, "wait4": 260,
-    "waitid": 95, "write": 64,
+    "sched_setparam": 118, "sched_setscheduler": 119, "set_robust_list": 99,
+    "setpriority": 140, "sigaltstack": 132, "tgkill": 131, "tkill": 130,
+    "wait4": 260, "waitid": 95, "write": 64,
 }  # fmt: skip
 # Since 5.x a new call has the same number everywhere (but alpha, mips).
 _COMMON = {

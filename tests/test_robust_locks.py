@@ -15,8 +15,10 @@ import mmap
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +30,7 @@ import mrelease
 import victims
 from cgroups import Freezer
 from kill_ways import by_reaper
-from mrelease import Outcome
+from mrelease import Outcome, _mrelease
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -549,6 +551,59 @@ def test_a_lock_that_is_seen_counts_though_another_thread_was_refused(
 
 
 # -------------------------------------------------- release, not kill
+
+
+def take_lists(
+    heads: list[int], ready: Callable[[], object], memory: mmap.mmap
+) -> None:
+    """A thread for each, which takes its robust list, and stays."""
+    # Not to be read from the second page on: mprotect(PROT_NONE).
+    libc = ctypes.CDLL(None, use_errno=True)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    page = mmap.PAGESIZE
+    assert libc.mprotect(ctypes.c_void_p(begin + page), page, 0) == 0
+    taken = threading.Barrier(len(heads) + 1)
+
+    def take(offset: int) -> None:
+        head = begin + offset
+        if offset + 24 <= page:
+            memory[offset : offset + 24] = struct.pack("QqQ", head, 0, 0)
+        elif offset < page:
+            memory[offset:page] = struct.pack("Q", head)[: page - offset]
+        number = kernel_errors.number("set_robust_list")
+        assert libc.syscall(number, ctypes.c_void_p(head), 24) == 0
+        taken.wait()
+        threading.Event().wait()
+
+    for offset in heads:
+        threading.Thread(target=take, args=(offset,), daemon=True).start()
+    taken.wait()
+    ready()
+    signal.pause()
+
+
+@pytest.mark.skipif(sys.maxsize < 2**32, reason="lists of 64 bits")
+@pytest.mark.parametrize("at", [mmap.PAGESIZE, mmap.PAGESIZE - 8])
+@pytest.mark.parametrize("others", [0, 1, 3])
+def test_a_list_that_cannot_be_read_is_unknown_beside_those_that_can(
+    at: int, others: int
+) -> None:
+    """All of it, or its end: what was not seen is not free."""
+    for turn in range(others + 1):
+        heads = [64 * i for i in range(others)]
+        heads.insert(turn, at)
+        ready, theirs = os.pipe()
+        memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+        with kernel_errors.Job(
+            functools.partial(
+                take_lists, heads, lambda: os.write(theirs, b"1"), memory
+            )
+        ) as job:
+            assert os.read(ready, 1) == b"1"
+            assert _mrelease.look_at_locks(job.pid) == "unknown"
+        memory.close()
+        os.close(ready)
+        os.close(theirs)
 
 
 @pytest.mark.needs("held")
