@@ -73,6 +73,15 @@ value_of(const char *line, const char *key)
     return strncmp(line, key, length) == 0 ? line + length : NULL;
 }
 
+/* A size in kB, in bytes.  No more than that a few of them can be added. */
+static int64_t
+bytes_of(const char *value)
+{
+    const long long most = INT64_MAX / 8 / 1024;
+    long long size = strtoll(value, NULL, 10);
+    return (size < 0 ? 0 : size > most ? most : size) * 1024;
+}
+
 static void
 take_line(struct procfs_status *status, const char *line, bool *has_mm)
 {
@@ -97,7 +106,7 @@ take_line(struct procfs_status *status, const char *line, bool *has_mm)
             value = value_of(line, sizes[i].key);
             if (value != NULL) {
                 *(int64_t *)((char *)status + sizes[i].offset) =
-                    strtoll(value, NULL, 10) * 1024;
+                    bytes_of(value);
                 *has_mm = true;
                 return;
             }
@@ -264,7 +273,7 @@ procfs_read_stat(pid_t pid, struct procfs_stat *stat)
 
     /* The name, field 2, may hold anything, but it ends at the last ')'. */
     char *at = strrchr(buffer, ')');
-    if (at == NULL || at[1] == '\0') {
+    if (at == NULL || at[1] == '\0' || at[2] == '\0') {
         return ESRCH;
     }
     char state = at[2];         /* field 3 */
