@@ -25,8 +25,8 @@ from mrelease import _mrelease
 from mrelease.directory import Distrusted, open_directory
 from mrelease.footprint import in_units
 from mrelease.printable import printable
-from mrelease.protocol import Terms
-from mrelease.reaper import Reaper
+from mrelease.protocol import Terms, bounded
+from mrelease.reaper import Reaper, check_reaper
 from mrelease.release import Outcome, Release
 from mrelease.value import Value
 from mrelease.victim import Victim
@@ -171,6 +171,11 @@ class Cgroup:
             raise self.refused("it is not a directory") from None
         except Distrusted as error:
             raise self.refused(str(error)) from None
+        except ValueError:  # a NUL, a lone surrogate
+            raise ValueError(
+                f"cgroup {path!r} is refused: no file can have that name; "
+                "nothing was signalled"
+            ) from None
         try:
             self.version: int = self._check()
         except BaseException:
@@ -599,8 +604,7 @@ def kill_cgroup(
     """
     begun = monotonic()
     Terms(0.0, None, timeout, locks)
-    if reaper is not None:
-        reaper._check_open()
+    check_reaper(reaper)
     name = os.fspath(path)
     if not isinstance(name, str):
         raise TypeError(
@@ -617,7 +621,7 @@ def kill_opened(
     reaper: Reaper | None,
 ) -> CgroupRelease:
     """Kill what is in a cgroup, as kill_cgroup() does, and close it."""
-    killing = find_cgroup(cgroup, begun, timeout, locks)
+    killing = find_cgroup(cgroup, begun, bounded(timeout), locks)
     try:
         sys.audit("mrelease.kill_cgroup", cgroup.path)
         if reaper is not None:

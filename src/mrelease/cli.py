@@ -703,6 +703,8 @@ def _pid(text: str) -> int:
     # int() takes more: "1_0", " 7", digits of other scripts.
     if not (text.isascii() and text.removeprefix("-").isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a pid")
+    if len(text) > 4000:  # more digits than int() takes
+        raise argparse.ArgumentTypeError(f"{text[:9]}... is not a pid")
     return int(text)
 
 

@@ -6,7 +6,7 @@ from time import monotonic_ns
 
 from mrelease.process import pin
 from mrelease.protocol import Terms, carry_out
-from mrelease.reaper import Reaper
+from mrelease.reaper import Reaper, check_reaper
 from mrelease.victim import Victim
 
 TYPE_CHECKING = False
@@ -103,6 +103,7 @@ def kill_many(
     process was signalled; OSError if not even one can be pinned, or the
     threads cannot be made.
     """
+    check_reaper(reaper)
     if reaper is None:
         with Reaper() as own:
             return kill_many(

@@ -32,7 +32,23 @@ _PID_MAX = 2**31 - 1
 _NS_GET_PID_FROM_PIDNS = 0x8004B706  # linux/nsfs.h
 
 
-def no_such_process(pid: int, why: str) -> ProcessLookupError:
+def shown(value: object) -> str:
+    """Give repr(value); of an int too long for it, how long it is."""
+    try:
+        return repr(value)
+    except ValueError:  # more digits than sys.get_int_max_str_digits()
+        bits = value.bit_length() if isinstance(value, int) else 0
+        return f"a number of {bits} bits" if bits else type(value).__name__
+
+
+def as_int(value: object, whose: str) -> int:
+    """Give a plain int of what an object gave for one; raise TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{whose} is no int: {shown(value)}")
+    return int(value)
+
+
+def no_such_process(pid: int | str, why: str) -> ProcessLookupError:
     """Give the error for a process that is not there (any more)."""
     return ProcessLookupError(ESRCH, f"cannot kill pid {pid}: {why}")
 
@@ -43,7 +59,8 @@ def other_process(
     """Give the error for a pid that another process has now."""
     return no_such_process(
         pid,
-        f"it is another process now (started at {found}, expected {expected})",
+        f"it is another process now (started at {found}, expected "
+        f"{shown(expected)})",
     )
 
 
@@ -60,8 +77,10 @@ def pid_of(process: HasPid | SupportsIndex) -> int:
         pid = int(process)
     elif hasattr(process, "pid"):
         pid = _pid_of_object(process)
-    elif hasattr(process, "__index__"):  # an integer of numpy's, say
-        pid = process.__index__()
+    elif hasattr(type(process), "__index__"):  # an integer of numpy's, say
+        kind = type(process).__name__
+        number: object = process.__index__()
+        pid = as_int(number, f"the __index__() of this {kind}")
     else:
         raise TypeError(
             "expected a pid (int), an object with a pid, or a Victim, not "
@@ -69,11 +88,11 @@ def pid_of(process: HasPid | SupportsIndex) -> int:
         )
     if pid <= 0:
         raise ValueError(
-            f"{pid} is not a pid: to the kernel, 0 and negative numbers "
-            "stand for groups of processes"
+            f"{shown(pid)} is not a pid: to the kernel, 0 and negative "
+            "numbers stand for groups of processes"
         )
     if pid > _PID_MAX:
-        raise ValueError(f"{pid} is not a pid: it is above {_PID_MAX}")
+        raise ValueError(f"{shown(pid)} is not a pid: it is above {_PID_MAX}")
     if pid == 1:
         raise ValueError("pid 1 is refused: it is the init of this system")
     if pid == os.getpid():
@@ -86,13 +105,14 @@ def _pid_of_object(process: object) -> int:
     kind = type(process).__name__
     if pid is None:
         raise ValueError(f"this {kind} has no pid: it was not started")
-    if isinstance(pid, bool) or not isinstance(pid, int):
-        raise TypeError(f"the pid of this {kind} is no int: {pid!r}")
+    pid = as_int(pid, f"the pid of this {kind}")
     # subprocess, asyncio, trio, anyio: set as soon as it was waited for.
     returncode = getattr(process, "returncode", None)
     if returncode is not None:
         raise no_such_process(
-            pid, f"this {kind} has ended and was waited for ({returncode=})"
+            shown(pid),
+            f"this {kind} has ended and was waited for "
+            f"(returncode={shown(returncode)})",
         )
     return pid
 
@@ -245,9 +265,10 @@ def _confirm_start(pid: int, pidfd: _mrelease.Pidfd, started: int) -> None:
             raise no_such_process(pid, "it has ended") from None
         raise OSError(
             error.errno,
-            f"cannot kill pid {pid}: whether it started at {started} cannot "
-            f"be told, /proc/{pid}/stat cannot be read (/proc is not mounted, "
-            "hides the process (hidepid), or is of another pid namespace)",
+            f"cannot kill pid {pid}: whether it started at {shown(started)} "
+            f"cannot be told, /proc/{pid}/stat cannot be read (/proc is not "
+            "mounted, hides the process (hidepid), or is of another pid "
+            "namespace)",
         ) from None
     if found != started:
         raise other_process(pid, found, started)

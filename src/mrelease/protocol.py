@@ -7,7 +7,7 @@ from errno import ENOMEM, ENOSPC, EPERM, ESRCH
 
 from mrelease import _mrelease
 from mrelease.footprint import Footprint
-from mrelease.process import no_such_process
+from mrelease.process import as_int, no_such_process, shown
 from mrelease.release import Outcome, Release
 
 TYPE_CHECKING = False
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 _FOREVER = 2**62  # nanoseconds: 146 years
+_LONG = 4e9  # seconds: 127 years
 
 
 def nanoseconds(name: str, seconds: float) -> int:
@@ -31,14 +32,28 @@ def nanoseconds(name: str, seconds: float) -> int:
         raise TypeError(
             f"{name} must be a number of seconds, not {type(seconds).__name__}"
         )
+    # A plain one: what is derived from them may compare otherwise.
+    seconds = int(seconds) if isinstance(seconds, int) else float(seconds)
     if not seconds >= 0:  # a NaN as well
-        raise ValueError(f"{name} must not be negative or NaN: {seconds}")
-    return _FOREVER if seconds > 4e9 else int(seconds * 1e9)
+        raise ValueError(
+            f"{name} must not be negative or NaN: {shown(seconds)}"
+        )
+    return _FOREVER if seconds > _LONG else int(seconds * 1e9)
+
+
+def bounded(seconds: float) -> float:
+    """Give checked seconds, or so many that nobody waits for more.
+
+    An int may be too big to be added to a float.
+    """
+    return float(min(seconds, _LONG))
 
 
 def _protects(locks: str) -> bool:
     if locks not in ("protect", "ignore"):
-        raise ValueError(f"locks must be 'protect' or 'ignore', not {locks!r}")
+        raise ValueError(
+            f"locks must be 'protect' or 'ignore', not {shown(locks)}"
+        )
     return locks == "protect"
 
 
@@ -48,9 +63,10 @@ def _escalation(escalate_on: HasFileno | int | None) -> int:
     if isinstance(escalate_on, bool):
         raise TypeError("escalate_on must be pollable, not bool")
     if isinstance(escalate_on, int):
-        fd = escalate_on
+        fd = int(escalate_on)
     elif hasattr(escalate_on, "fileno"):
-        fd = escalate_on.fileno()
+        kind = type(escalate_on).__name__
+        fd = as_int(escalate_on.fileno(), f"the fileno() of this {kind}")
     else:
         raise TypeError(
             "escalate_on must be a file descriptor or have a fileno(), not "
@@ -60,7 +76,7 @@ def _escalation(escalate_on: HasFileno | int | None) -> int:
         os.fstat(fd)
     except (OSError, OverflowError):
         raise ValueError(
-            f"escalate_on is not open: file descriptor {fd}"
+            f"escalate_on is not open: file descriptor {shown(fd)}"
         ) from None
     return fd
 

@@ -9,7 +9,7 @@ from time import monotonic_ns, sleep
 
 from mrelease import _mrelease
 from mrelease.closing import Closing
-from mrelease.process import no_file_left, pid_of, pin
+from mrelease.process import no_file_left, pid_of, pin, shown
 from mrelease.protocol import Terms, as_release, nanoseconds, refusal
 from mrelease.release import Outcome, Release
 from mrelease.scheduling import Scheduling, policy_name
@@ -221,7 +221,7 @@ def _check_number(name: str, value: object, low: int) -> None:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if not low <= value <= _MOST_THREADS:
         raise ValueError(
-            f"{name} must be from {low} to {_MOST_THREADS}, not {value}"
+            f"{name} must be from {low} to {_MOST_THREADS}, not {shown(value)}"
         )
 
 
@@ -233,7 +233,7 @@ def _cpus(cpus: Iterable[object] | None) -> list[int] | None:
         if isinstance(cpu, bool) or not isinstance(cpu, int):
             raise TypeError(f"a CPU must be an int, not {type(cpu).__name__}")
         if not 0 <= cpu < 1024:
-            raise ValueError(f"there is no CPU {cpu}")
+            raise ValueError(f"there is no CPU {shown(cpu)}")
         wanted.append(cpu)
     if not wanted:
         raise ValueError("cpus must not be empty")
@@ -292,10 +292,10 @@ class Reaper(Closing):
         policy: _Policy = "auto",
         spares: int = 8,
     ) -> None:
-        if policy not in _RUNGS:
+        if policy not in tuple(_RUNGS):  # it may be unhashable
             raise ValueError(
                 "policy must be 'auto', 'fifo', 'nice' or 'none', not "
-                f"{policy!r}"
+                f"{shown(policy)}"
             )
         best, least = _RUNGS[policy]
         wanted = _cpus(cpus)
@@ -427,6 +427,17 @@ class Reaper(Closing):
 
     def __repr__(self) -> str:
         return f"<Reaper {self._pool.state()}, {self._scheduling}>"
+
+
+def check_reaper(reaper: object) -> None:
+    """Raise TypeError, ValueError if it is given and cannot be used."""
+    if reaper is None:
+        return
+    if not isinstance(reaper, Reaper):
+        raise TypeError(
+            f"reaper must be a Reaper or None, not {type(reaper).__name__}"
+        )
+    reaper._check_open()
 
 
 class _Batch:

@@ -13,9 +13,9 @@ from errno import EMFILE, ENOENT, EPERM, ESRCH
 from time import CLOCK_BOOTTIME, clock_gettime, monotonic, sleep
 
 from mrelease import _mrelease
-from mrelease.process import no_file_left, read_proc
-from mrelease.protocol import Terms, may_signal
-from mrelease.reaper import Reaper
+from mrelease.process import no_file_left, read_proc, shown
+from mrelease.protocol import Terms, bounded, may_signal
+from mrelease.reaper import Reaper, check_reaper
 from mrelease.release import Outcome, Release
 from mrelease.victim import Victim
 
@@ -599,8 +599,7 @@ def _check(
     grace: float, timeout: float, locks: _Locks, reaper: Reaper | None
 ) -> None:
     Terms(grace, None, timeout, locks)
-    if reaper is not None:
-        reaper._check_open()
+    check_reaper(reaper)
 
 
 def kill_tree(
@@ -644,6 +643,7 @@ def kill_tree(
     """
     _check(grace, timeout, locks, reaper)
     begun = monotonic()
+    grace, timeout = bounded(grace), bounded(timeout)
     tree = find_tree(process, timeout / 4)
     try:
         return _run(tree, reaper, grace, timeout, locks, begun)
@@ -704,6 +704,7 @@ def kill_group(
     _check(grace, timeout, locks, reaper)
     begun = monotonic()
     group = find_group(pgid)
+    grace, timeout = bounded(grace), bounded(timeout)
     try:
         return _run(group, reaper, grace, timeout, locks, begun)
     finally:
@@ -719,9 +720,10 @@ def find_group(pgid: int) -> Selection:
             "expected the number of a process group (int), not "
             f"{type(pgid).__name__}"
         )
+    pgid = int(pgid)
     if pgid <= 1:
         raise ValueError(
-            f"process group {pgid} is refused: to the kernel, 0 is the "
+            f"process group {shown(pgid)} is refused: to the kernel, 0 is the "
             "caller's own, and 1 and negative numbers mean everybody"
         )
     if pgid == os.getpgrp():
@@ -733,7 +735,8 @@ def find_group(pgid: int) -> Selection:
     try:
         if not group.look():
             raise ProcessLookupError(
-                ESRCH, f"cannot kill process group {pgid}: it has no members"
+                ESRCH,
+                f"cannot kill process group {shown(pgid)}: it has no members",
             )
         _may_signal_any(group)
     except BaseException:

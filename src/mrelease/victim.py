@@ -11,12 +11,14 @@ from mrelease import _mrelease
 from mrelease.closing import Closing
 from mrelease.footprint import Footprint
 from mrelease.process import (
+    as_int,
     check_start,
     no_such_process,
     other_process,
     pid_of,
     pin,
     read_fields,
+    shown,
 )
 from mrelease.protocol import Terms, carry_out, kernel_thread
 from mrelease.release import Outcome
@@ -93,11 +95,17 @@ class Victim(Closing):
                 "expected a pidfd (int) or an object with fileno(), not "
                 f"{type(pidfd).__name__}"
             )
-        given = pidfd if isinstance(pidfd, int) else pidfd.fileno()
+        if isinstance(pidfd, int):
+            given = int(pidfd)
+        else:
+            kind = type(pidfd).__name__
+            given = as_int(pidfd.fileno(), f"the fileno() of this {kind}")
         try:
             own = _mrelease.pidfd_dup(given)
         except OverflowError:
-            raise ValueError(f"{given} is not a file descriptor") from None
+            raise ValueError(
+                f"{shown(given)} is not a file descriptor"
+            ) from None
         except OSError as error:
             if error.errno != EBADF:
                 raise
