@@ -596,7 +596,10 @@ def test_a_list_that_cannot_be_read_is_unknown_beside_those_that_can(
         memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
         with kernel_errors.Job(
             functools.partial(
-                take_lists, heads, lambda: os.write(theirs, b"1"), memory
+                take_lists,
+                heads,
+                functools.partial(os.write, theirs, b"1"),
+                memory,
             )
         ) as job:
             assert os.read(ready, 1) == b"1"
