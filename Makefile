@@ -14,7 +14,7 @@ WHEEL_SOME := $(addprefix tests/test_,command.py import.py kernel_results.py \
     reaper.py values.py)
 # The wheel of 3.12 is that of 3.13, which has all tests: not twice the longest.
 WHEEL_NOT := $(patsubst %,--ignore=tests/test_%.py,bench demo freed_truth \
-    no_leaks storm)
+    fuzz no_leaks storm)
 
 # What `make vm` boots, by Debian suite: Linux 5.10, which has no such call,
 # 6.1, 6.12, and the newest; as whom; and of which tests, of which each runs with
@@ -37,14 +37,14 @@ PY := $(VENV)/bin/python
 C_FILES := $(wildcard src/*.c)
 H_FILES := $(wildcard src/*.h)
 TOOLS_C := $(wildcard tests/native/*.c bench/*.c)
-ALL_C := $(C_FILES) $(H_FILES) $(TOOLS_C) $(wildcard bench/*.h)
+ALL_C := $(C_FILES) $(H_FILES) $(TOOLS_C) $(wildcard tests/native/*.h bench/*.h)
 WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
     -Wstrict-prototypes -Werror
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test storm lint format types analyze wheels vm clean \
-    native asan free-threaded \
-    promises figures bench-overhead bench-late bench-back bench-latency bench-many \
+    native fuzz asan free-threaded promises \
+    figures bench-overhead bench-late bench-back bench-latency bench-many \
     bench-growth bench-peers
 .DELETE_ON_ERROR:
 # The Python that is run must be this tree's, whatever the shell has set.
@@ -125,6 +125,16 @@ native: ## drive the native threads from C, with sanitizers; ARGS=--long
 	        failed=1; \
 	done; \
 	test -z "$$failed"
+
+fuzz: ## feed the C code that reads with any input; ARGS="--seconds 600"
+	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" clang
+	@mkdir -p $(FUZZ)
+	@for file in $(FUZZ_C); do \
+	    echo "== clang $(FUZZED): $$file"; \
+	    clang $(WARNINGS) $(FUZZED) -pthread -Isrc "$$file" \
+	        -o $(FUZZ)/$$(basename $$file .c) || exit 1; \
+	done
+	@$(PYTHON) tests/fuzz.py $(ARGS)
 
 asan: build/asan/built ## run the tests of the C code with ASan and UBSan
 	@echo "== pytest, with AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -217,7 +227,7 @@ vm: build/vm/built ## run the tests on other kernels (QEMU)
 
 clean: ## remove what the targets above made
 	rm -rf .venv build dist src/*.egg-info src/mrelease/*.so
-	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Setting up -----------------------------------------------------------
@@ -300,6 +310,10 @@ NATIVE := build/native
 NATIVE_HOW := plain address thread
 SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
     -fno-omit-frame-pointer
+FUZZ := build/fuzz
+FUZZ_C := $(wildcard tests/native/fuzz_*.c)
+FUZZED := -g -fsanitize=fuzzer,address,undefined \
+    -fno-sanitize-recover=undefined
 # gcc 12's runtimes do not start where addresses are very random.
 FIXED = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
