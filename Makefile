@@ -37,7 +37,8 @@ PY := $(VENV)/bin/python
 C_FILES := $(wildcard src/*.c)
 H_FILES := $(wildcard src/*.h)
 TOOLS_C := $(wildcard tests/native/*.c bench/*.c)
-ALL_C := $(C_FILES) $(H_FILES) $(TOOLS_C) $(wildcard tests/native/*.h bench/*.h)
+ALL_C := $(C_FILES) $(H_FILES) $(TOOLS_C) \
+    $(wildcard tests/native/*.h bench/*.h)
 WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
     -Wstrict-prototypes -Werror
 
