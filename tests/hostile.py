@@ -233,9 +233,16 @@ def terms(
     }
 
 
-def processes(pids: st.SearchStrategy[int]) -> AnyStrategy:
-    """What stands for a process, or does not; the pids are nobody's."""
+def processes(
+    pids: st.SearchStrategy[int], dangers: Sequence[int]
+) -> AnyStrategy:
+    """What stands for a process, or does not; the pids are nobody's.
+
+    Or they are dangers, which must never be killed.
+    """
+    liars = st.sampled_from(dangers).map(Lying)
     return st.one_of(
+        st.one_of(liars, liars.map(Index), liars.map(HasPid)),
         pids,
         pids.map(Lying),
         says(Index, st.one_of(pids, SAID)),

@@ -1,6 +1,7 @@
 """Arguments and sequences of calls that hypothesis draws.
 
-$MRELEASE_FUZZ=20 draws 20 times as many, others each time; --quick, fewer.
+$MRELEASE_FUZZ=20 draws 20 times as many, others each time, and takes its time
+to find the shortest that fails; --quick draws fewer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import copy
 import ctypes
 import dis
+import faulthandler
 import gc
 import io
 import os
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings, stateful
+from hypothesis import HealthCheck, Phase, given, settings, stateful
 from hypothesis import strategies as st
 
 import hostile
@@ -54,6 +56,10 @@ if TYPE_CHECKING:
 
     from kernel_errors import Call
 
+LONG = "MRELEASE_FUZZ" in os.environ
+ENOUGH = None if LONG else 280.0
+"""For a child that draws, in seconds: before the test is ended for hanging."""
+
 _drawn: dict[str, int] = {}
 
 
@@ -62,13 +68,16 @@ def budget(request: pytest.FixtureRequest) -> Callable[[int], settings]:
     """budget(200): how many examples hypothesis may draw."""
     times = float(os.environ.get("MRELEASE_FUZZ", "1"))
     share = 4 if request.config.getoption("--quick") else 1
+    if LONG:
+        faulthandler.cancel_dump_traceback_later()
 
     def make(examples: int) -> settings:
         count = max(5, int(examples * times) // share)
         _drawn[request.node.name] = count
         return settings(
             max_examples=count,
-            derandomize="MRELEASE_FUZZ" not in os.environ,
+            derandomize=not LONG,
+            phases=[Phase.generate, Phase.shrink][: 1 + LONG],
             database=None,
             deadline=None,
             report_multiple_bugs=False,
@@ -125,7 +134,7 @@ def in_sandbox(function: Callable[[Here], None]) -> None:
 
         def run() -> None:
             with inside.entered(), kernel_errors.Job(enter) as job:
-                job.result(270)
+                job.result(ENOUGH)
 
         def enter() -> None:
             assert libc.setns(mounts, 0) == 0
@@ -135,7 +144,7 @@ def in_sandbox(function: Callable[[Here], None]) -> None:
             function(Here(os.getpid(), numbers))
 
         kernel = stack.enter_context(kernel_errors.answered(rules))
-        kernel.start(run).result(280)
+        kernel.start(run).result(ENOUGH)
         sent = [call for call, answer in kernel.calls if answer == 1]
         assert not sent, sent
         for each in others:
@@ -244,7 +253,7 @@ class Api:
             st.integers(-5, 60),
             st.integers(2**22 - 5, 2**22 + 5),
         ).filter(lambda pid: abs(pid) not in here.bystanders)
-        self.nobody = processes(self.pids)
+        self.nobody = processes(self.pids, self.dangers)
         self.somebody = st.sampled_from([self.victim, here.bystanders[1]])
         self.odd_reapers = st.one_of(
             st.just(self.closed), ANYTHING.filter(lambda x: x is not None)
@@ -421,12 +430,13 @@ class Api:
 
 def _make_victim(process: object, started: object) -> None:
     with mrelease.Victim(process, started=started) as victim:  # type: ignore[arg-type]
+        assert victim.pid not in (0, 1, os.getpid())
         assert repr(victim).startswith("<Victim pid=")
 
 
 def _from_pidfd(pidfd: object) -> None:
     with mrelease.Victim.from_pidfd(pidfd) as victim:  # type: ignore[arg-type]
-        assert victim.pid > 1
+        assert victim.pid not in (0, 1, os.getpid())
 
 
 def _make_reaper(**kwargs: object) -> None:
@@ -484,6 +494,61 @@ def test_arguments_of_any_kind_are_refused_and_nothing_is_signalled(
 ) -> None:
     how = budget(300)
     in_sandbox(lambda here: ask_all(name, here, how))
+
+
+def kernel_threads() -> list[int]:
+    found = [victims.kernel_thread()]
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        stat = _stat_of(int(name))
+        if stat is not None and stat.parent == found[0]:
+            found.append(int(name))
+    return found[:20]
+
+
+def ask_for_dangers(threads: Sequence[int], how: settings) -> None:
+    own = os.getpid()
+    dangers = st.sampled_from([0, 1, -1, own, -own, *threads])
+    wrapped = st.one_of(
+        dangers,
+        dangers.map(hostile.Lying),
+        dangers.map(hostile.Index),
+        dangers.map(hostile.HasPid),
+    )
+    with Reaper(1) as reaper:
+        functions: list[Callable[[Any], object]] = [
+            mrelease.kill,
+            mrelease.kill_tree,
+            mrelease.kill_group,
+            reaper.kill,
+            lambda process: reaper.kill_many([2**22, process]),
+            lambda process: mrelease.kill(process, grace=0.01),
+            lambda process: mrelease.kill(process, locks="ignore"),
+            lambda process: Victim(process).close(),
+            lambda _: mrelease.kill_group(os.getpgrp()),
+        ]
+
+        @how
+        @given(st.sampled_from(functions), wrapped)
+        def ask(function: Callable[[object], object], process: object) -> None:
+            with pytest.raises((TypeError, ValueError, OSError)) as caught:
+                function(process)
+            check_error(caught.value, by_c=False)
+
+        ask()
+
+
+@pytest.mark.needs("kernel_thread", "seccomp")
+def test_what_must_never_be_killed_is_refused_before_any_signal(
+    budget: Callable[[int], settings],
+) -> None:
+    """Of this very machine, but the filter lets no signal through."""
+    rules: dict[str, kernel_errors.Rule] = dict.fromkeys(_SIGNUM, refuse)
+    threads = kernel_threads()
+    how = budget(300)
+    with kernel_errors.answered(rules) as kernel:
+        kernel.start(ask_for_dangers, threads, how).result(ENOUGH)
+        sent = [call for call, answer in kernel.calls if answer == 1]
+        assert not sent, sent
 
 
 # ------------------------------------------------------------- the command
