@@ -1188,7 +1188,7 @@ def test_calls_in_any_order(budget: Callable[[int], settings]) -> None:
     bystander = storm.Bystander()
     try:
         Sequences.bystander = bystander
-        how = settings(budget(40), stateful_step_count=20)
+        how = settings(budget(60), stateful_step_count=20)
         stateful.run_state_machine_as_test(Sequences, settings=how)
         assert bystander.harm() is None
     finally:
