@@ -18,8 +18,8 @@ back what it returned or raised.
     with answered({"process_mrelease": KILL}) as kernel:
         kernel.run(f)                       # raises ChildKilled (SIGSYS)
 
-A rule is an errno, ALLOW, BLOCK, KILL, a function of the Call that gives
-one of the first three, or a sequence of these, of which the last stays.
+A rule is an errno, ALLOW, ZERO, BLOCK, KILL, a function of the Call that
+gives one of the first four, or a sequence of these, of which the last stays.
 Errnos and KILL alone are answered by the filter. All else goes through
 seccomp user notification: a thread of *this* process answers, so what
 runs under the filter may block without Python taking part in it.
@@ -250,32 +250,34 @@ def leave_files(count: int) -> None:
 
 _X86_64 = {
     "bpf": 321, "clock_nanosleep": 230, "clone": 56, "clone3": 435,
-    "close": 3, "dup": 32, "epoll_create1": 291, "eventfd2": 290,
-    "execve": 59, "fcntl": 72, "futex": 202, "get_robust_list": 274,
-    "getdents64": 217, "getpid": 39, "ioctl": 16, "kill": 62, "madvise": 28,
-    "mlock2": 325, "mlockall": 151, "munlockall": 152, "nanosleep": 35,
-    "openat": 257, "pipe2": 293, "poll": 7, "ppoll": 271, "prctl": 157,
-    "prlimit64": 302, "process_vm_readv": 310, "read": 0, "readv": 19,
-    "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297,
-    "sched_setaffinity": 203, "sched_setattr": 314,
-    "sched_setparam": 142, "sched_setscheduler": 144, "set_robust_list": 273,
-    "setpriority": 141, "sigaltstack": 131, "tgkill": 234, "tkill": 200,
-    "wait4": 61, "waitid": 247, "write": 1,
+    "close": 3, "dup": 32, "epoll_create1": 291, "epoll_ctl": 233,
+    "eventfd2": 290, "execve": 59, "fcntl": 72, "fstat": 5, "futex": 202,
+    "get_robust_list": 274, "getdents64": 217, "getpid": 39, "ioctl": 16,
+    "kcmp": 312, "kill": 62, "madvise": 28, "mlock2": 325, "mlockall": 151,
+    "munlockall": 152, "nanosleep": 35, "newfstatat": 262, "openat": 257,
+    "pipe2": 293, "poll": 7, "ppoll": 271, "prctl": 157, "prlimit64": 302,
+    "process_vm_readv": 310, "read": 0, "readv": 19,
+    "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "sched_getattr": 315,
+    "sched_setaffinity": 203, "sched_setattr": 314, "set_robust_list": 273,
+    "sched_setparam": 142, "sched_setscheduler": 144, "setpriority": 141,
+    "sigaltstack": 131, "tgkill": 234, "tkill": 200, "wait4": 61,
+    "waitid": 247, "write": 1,
 }  # fmt: skip
 # The table that newer architectures share: aarch64, riscv64, loongarch64.
 _GENERIC = {
     "bpf": 280, "clock_nanosleep": 115, "clone": 220, "clone3": 435,
-    "close": 57, "dup": 23, "epoll_create1": 20, "eventfd2": 19,
-    "execve": 221, "fcntl": 25, "futex": 98, "get_robust_list": 100,
-    "getdents64": 61, "getpid": 172, "ioctl": 29, "kill": 129, "madvise": 233,
-    "mlock2": 284, "mlockall": 230, "munlockall": 231, "nanosleep": 101,
-    "openat": 56, "pipe2": 59, "ppoll": 73, "prctl": 167, "prlimit64": 261,
+    "close": 57, "dup": 23, "epoll_create1": 20, "epoll_ctl": 21,
+    "eventfd2": 19, "execve": 221, "fcntl": 25, "fstat": 80, "futex": 98,
+    "get_robust_list": 100, "getdents64": 61, "getpid": 172, "ioctl": 29,
+    "kcmp": 272, "kill": 129, "madvise": 233, "mlock2": 284, "mlockall": 230,
+    "munlockall": 231, "nanosleep": 101, "newfstatat": 79, "openat": 56,
+    "pipe2": 59, "ppoll": 73, "prctl": 167, "prlimit64": 261,
     "process_vm_readv": 270, "read": 63, "readv": 65,
-    "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240,
-    "sched_setaffinity": 122, "sched_setattr": 274,
-    "sched_setparam": 118, "sched_setscheduler": 119, "set_robust_list": 99,
-    "setpriority": 140, "sigaltstack": 132, "tgkill": 131, "tkill": 130,
-    "wait4": 260, "waitid": 95, "write": 64,
+    "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "sched_getattr": 275,
+    "sched_setaffinity": 122, "sched_setattr": 274, "set_robust_list": 99,
+    "sched_setparam": 118, "sched_setscheduler": 119, "setpriority": 140,
+    "sigaltstack": 132, "tgkill": 131, "tkill": 130, "wait4": 260,
+    "waitid": 95, "write": 64,
 }  # fmt: skip
 # Since 5.x a new call has the same number everywhere (but alpha, mips).
 _COMMON = {
@@ -308,11 +310,13 @@ def number(name: str) -> int:
 
 class Do(enum.Enum):
     ALLOW = "let the call through"
+    ZERO = "return 0, and do nothing"
     BLOCK = "keep the caller inside the call until release()"
     KILL = "kill the process with SIGSYS"
 
 
 ALLOW = Do.ALLOW
+ZERO = Do.ZERO
 BLOCK = Do.BLOCK
 KILL = Do.KILL
 
@@ -324,6 +328,16 @@ class Call(NamedTuple):
     tid: int
     args: tuple[int, ...]
     time: float  # time.monotonic() when it was seen
+
+    def string(self, number: int) -> str:
+        """What this argument points to: a path, say."""
+        with open(f"/proc/{self.tid}/mem", "rb", buffering=0) as memory:
+            data = os.pread(memory.fileno(), 256, self.args[number])
+        return os.fsdecode(data.partition(b"\0")[0])
+
+    def thread(self) -> str:
+        """The name of the caller's thread."""
+        return Path(f"/proc/{self.tid}/comm").read_text().rstrip("\n")
 
 
 Plain = int | Do
@@ -549,6 +563,8 @@ class answered(Closing):  # noqa: N801 - reads as contextlib's do
     def _send(self, fd: int, key: int, answer: Plain) -> None:
         if answer is ALLOW:
             data = struct.pack("=QqiI", key, 0, 0, _CONTINUE)
+        elif answer is ZERO:
+            data = struct.pack("=QqiI", key, 0, 0, 0)
         else:
             assert isinstance(answer, int), answer
             data = struct.pack("=QqiI", key, 0, -self._errno(answer), 0)
