@@ -1496,6 +1496,7 @@ settle_in(const struct pool_options *asked, struct pool_scheduling *got)
     memset(&before, 0, sizeof(before));
     if (sys_sched_getattr(0, &before) < 0) {
         err = errno;
+        rung = SCHEDULING_NONE;
     }
     else if (scheduling_is_realtime(before.policy)) {
         rung = SCHEDULING_FIFO; /* as who made the pool */
