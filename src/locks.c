@@ -79,15 +79,13 @@ look_at_batch(struct batch *batch)
     return found;
 }
 
-/* Held outweighs unknown outweighs free. */
+/* Held outweighs unknown outweighs free.  Once one is held nobody looks any
+ * further, so `before` is not that.
+ */
 static enum locks
-worse(enum locks a, enum locks b)
+worse(enum locks before, enum locks now)
 {
-    if (a == LOCKS_HELD || b == LOCKS_HELD) {
-        return LOCKS_HELD;
-    }
-    return a == LOCKS_UNKNOWN || b == LOCKS_UNKNOWN ? LOCKS_UNKNOWN
-                                                    : LOCKS_FREE;
+    return before == LOCKS_UNKNOWN && now != LOCKS_HELD ? LOCKS_UNKNOWN : now;
 }
 
 /* Add a thread to the batch.  LOCKS_UNKNOWN if its head cannot be had. */

@@ -444,9 +444,6 @@ queue_up(struct pool *pool, struct job *job)
 {
     struct job *before = pool->queue_end;
 
-    if (job->queued) {
-        return;
-    }
     job->queued = true;
     job->users++;
     atomic_fetch_add(&job->refs, 1);
@@ -1322,15 +1319,14 @@ attend_all(struct pool *pool)
     }
 }
 
-/* Do both wait for the same open file of the kernel's? */
+/* Do both wait for the same open file of the kernel's?  `b` has one. */
 static bool
 is_same_trigger(const struct job *a, const struct job *b)
 {
     struct stat of_a;
     struct stat of_b;
 
-    if (a->escalate_fd < 0 || b->escalate_fd < 0 ||
-        fstat(a->escalate_fd, &of_a) != 0 ||
+    if (a->escalate_fd < 0 || fstat(a->escalate_fd, &of_a) != 0 ||
         fstat(b->escalate_fd, &of_b) != 0 || !S_ISREG(of_a.st_mode) ||
         of_a.st_dev != of_b.st_dev || of_a.st_ino != of_b.st_ino)
     {
@@ -1433,8 +1429,9 @@ watch(struct pool *pool)
     struct epoll_event events[EVENTS];
 
     while (!is_over(pool) || pool->jobs != NULL) {
-        pool->watcher_sleeps = pool->attention == NULL;
-        int ms = pool->watcher_sleeps ? time_to_sleep(pool) : 0;
+        /* Nobody is left for attend_all() since it had the lock. */
+        pool->watcher_sleeps = true;
+        int ms = time_to_sleep(pool);
         unlock(pool);
         int n = epoll_wait(pool->epoll, events, EVENTS, ms);
         lock(pool);
@@ -1785,19 +1782,15 @@ count_unsent(const struct pool *pool)
     return count;
 }
 
-/* Wait for a change; false once it is too late.  With the lock held. */
-static bool
+/* Wait for a change, or until then.  With the lock held. */
+static void
 wait_for_change(struct pool *pool, int64_t deadline)
 {
-    if (deadline == INT64_MAX) {
-        pthread_cond_wait(&pool->changed, &pool->lock);
-        return true;
-    }
     struct timespec until = {
         .tv_sec = (time_t)(deadline / (1000 * MS)),
         .tv_nsec = (long)(deadline % (1000 * MS)),
     };
-    return pthread_cond_timedwait(&pool->changed, &pool->lock, &until) == 0;
+    pthread_cond_timedwait(&pool->changed, &pool->lock, &until);
 }
 
 void
@@ -1820,8 +1813,7 @@ count_lost(const struct pool *pool)
     int count = 0;
     for (int i = 0; i < pool->count; i++) {
         const struct worker *worker = &pool->workers[i];
-        count += worker->job != NULL && !worker->exited &&
-                 atomic_load(&worker->job->done) &&
+        count += worker->job != NULL && atomic_load(&worker->job->done) &&
                  worker->since < reap_now() - STUCK;
     }
     return count;
