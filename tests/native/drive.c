@@ -18,6 +18,7 @@
 #include <fcntl.h>
 #include <limits.h>             /* PATH_MAX */
 #include <linux/filter.h>       /* struct sock_filter */
+#include <linux/futex.h>
 #include <linux/seccomp.h>
 #include <poll.h>
 #include <pthread.h>
@@ -27,6 +28,7 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -409,13 +411,19 @@ ask(const struct victim *victim)
 }
 
 static void
-make_job(struct victim *victim)
+make_job_of(struct victim *victim, const struct reap *asked)
 {
-    struct reap asked = ask(victim);
-    errno = job_make(&asked, &victim->job);
+    errno = job_make(asked, &victim->job);
     if (errno != 0) {
         die("job_make");
     }
+}
+
+static void
+make_job(struct victim *victim)
+{
+    struct reap asked = ask(victim);
+    make_job_of(victim, &asked);
 }
 
 static int
@@ -586,12 +594,12 @@ check(struct victim *victim)
 }
 
 static struct pool *
-make_pool(int threads, int spares)
+make_pool_of(int threads, int spares, enum scheduling_rung best)
 {
     struct pool_options options = {
         .threads = threads,
         .spares = spares,
-        .best = SCHEDULING_FIFO,
+        .best = best,
         .least = SCHEDULING_NONE,
     };
     struct pool_scheduling got;
@@ -602,6 +610,12 @@ make_pool(int threads, int spares)
         die("pool_new");
     }
     return pool;
+}
+
+static struct pool *
+make_pool(int threads, int spares)
+{
+    return make_pool_of(threads, spares, SCHEDULING_FIFO);
 }
 
 static void
@@ -948,6 +962,89 @@ scenario_descriptors(void)
     close_pool(pool);
 }
 
+/* Each of the three descriptors of a job may be one too many. */
+static void
+scenario_job_descriptors(void)
+{
+    struct pool *pool = make_pool(1, 0);
+    struct victim victim;
+    struct rlimit before;
+
+    make_victim(&victim, ESCALATED);
+    struct reap asked = ask(&victim);
+    getrlimit(RLIMIT_NOFILE, &before);
+    int next = dup(0);
+    close(next);
+    for (int spare = 0; spare < 4; spare++) {
+        struct rlimit few = {(rlim_t)(next + spare), before.rlim_max};
+        int fds = count_fds();
+        setrlimit(RLIMIT_NOFILE, &few);
+        int err = job_make(&asked, &victim.job);
+        setrlimit(RLIMIT_NOFILE, &before);
+        expect(err == (spare < 3 ? EMFILE : 0), "with %d: errno %d", spare,
+               err);
+        expect(count_fds() == fds + (spare < 3 ? 0 : 3), "with %d: fds left",
+               spare);
+    }
+    submit(pool, &victim, 1);
+    escalate(&victim);
+    check(&victim);
+    close_pool(pool);
+}
+
+/* A sanitizer cannot do without memory, nor with less of it. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#  define HAS_SANITIZER 1
+#else
+#  define HAS_SANITIZER 0
+#endif
+
+struct chunk {
+    struct chunk *next;
+};
+
+/* No memory at all: not for a pool, not for a job.  What there is goes on. */
+static void
+scenario_no_memory(void)
+{
+    struct pool *pool = make_pool(1, 0);
+    struct chunk *all = NULL;
+    struct pool_options options = {.threads = 1, .least = SCHEDULING_NONE};
+    struct pool_scheduling got;
+    struct pool *none;
+    struct job *no_job;
+    struct victim victim;
+    struct rlimit before;
+
+    make_victim(&victim, ASLEEP);
+    make_job(&victim);
+    struct reap asked = ask(&victim);
+    getrlimit(RLIMIT_AS, &before);
+    if (!HAS_SANITIZER) {
+        struct rlimit few = {1, before.rlim_max};
+        setrlimit(RLIMIT_AS, &few);
+        for (size_t size = 1 << 20; size >= sizeof(struct chunk); size /= 2) {
+            struct chunk *chunk;
+            while ((chunk = malloc(size)) != NULL) {
+                chunk->next = all;
+                all = chunk;
+            }
+        }
+        expect(job_make(&asked, &no_job) == ENOMEM, "a job of no memory");
+        expect(pool_new(&options, &none, &got) == ENOMEM, "a pool of none");
+    }
+    expect(submit(pool, &victim, 1) == POOL_OPEN, "not open");
+    expect(poll_in(job_fd(victim.job), PATIENCE), "not done");
+    setrlimit(RLIMIT_AS, &before);
+    while (all != NULL) {
+        struct chunk *next = all->next;
+        free(all);
+        all = next;
+    }
+    check(&victim);
+    close_pool(pool);
+}
+
 /* A pool that cannot be had leaves nothing behind. */
 static void
 scenario_no_pool(void)
@@ -1071,7 +1168,9 @@ scenario_gone(void)
 /* process_mrelease() does not come back: held by seccomp, for as long as
    `holding`, as by a victim that keeps its mmap_lock. */
 static atomic_bool holding;
+static int hold_most = INT_MAX; /* so many at the same time */
 static atomic_int held;
+static atomic_int to_let_go; /* so many, those that came first */
 static atomic_bool supervised;
 static int listener;
 
@@ -1085,6 +1184,14 @@ let_go(uint64_t id)
     ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &answer);
 }
 
+/* For who must be in time; where that is not allowed, it may be late. */
+static void
+hasten(void)
+{
+    struct sched_param param = {.sched_priority = 1};
+    sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &param);
+}
+
 static void *
 supervise(void *arg)
 {
@@ -1092,23 +1199,51 @@ supervise(void *arg)
     int count = 0;
 
     (void)arg;
+    hasten();
     while (atomic_load(&supervised)) {
         if (poll_in(listener, MS)) {
             struct seccomp_notif request;
             memset(&request, 0, sizeof(request));
-            if (ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, &request) == 0) {
-                ids[count++] = request.id;
-                atomic_fetch_add(&held, 1);
+            if (ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, &request) != 0) {
+                continue;
             }
+            if (count == hold_most) {
+                let_go(request.id);
+                continue;
+            }
+            ids[count++] = request.id;
+            atomic_fetch_add(&held, 1);
         }
-        while (!atomic_load(&holding) && count > 0) {
-            let_go(ids[--count]);
+        while (count > 0 &&
+               (!atomic_load(&holding) || atomic_load(&to_let_go) > 0))
+        {
+            if (atomic_load(&to_let_go) > 0) {
+                atomic_fetch_sub(&to_let_go, 1);
+            }
+            let_go(ids[0]);
+            count--;
+            memmove(ids, ids + 1, (size_t)count * sizeof(ids[0]));
         }
     }
     return NULL;
 }
 
-static void
+static int
+filter_calls(struct sock_filter *code, unsigned short length, unsigned flags)
+{
+    struct sock_fprog filter = {.len = length, .filter = code};
+
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0) {
+        die("PR_SET_NO_NEW_PRIVS");
+    }
+    long rc = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &filter);
+    if (rc < 0) {
+        die("seccomp");
+    }
+    return (int)rc;
+}
+
+static pthread_t
 hold_releases(void)
 {
     struct sock_filter code[] = {
@@ -1117,18 +1252,36 @@ hold_releases(void)
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_USER_NOTIF),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
     };
-    struct sock_fprog filter = {.len = 4, .filter = code};
+    pthread_t supervisor;
 
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0) {
-        die("PR_SET_NO_NEW_PRIVS");
-    }
-    listener = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER,
-                            SECCOMP_FILTER_FLAG_NEW_LISTENER, &filter);
-    if (listener < 0) {
-        die("seccomp");
-    }
+    listener = filter_calls(code, 4, SECCOMP_FILTER_FLAG_NEW_LISTENER);
     atomic_store(&supervised, true);
     atomic_store(&holding, true);
+    if (pthread_create(&supervisor, NULL, supervise, NULL) != 0) {
+        die("pthread_create");
+    }
+    return supervisor;
+}
+
+static void
+await_held(int count)
+{
+    int64_t until = reap_now() + PATIENCE;
+    while (atomic_load(&held) < count && reap_now() < until) {
+        nap(MS);
+    }
+    expect(atomic_load(&held) == count, "%d are stuck, not %d",
+           atomic_load(&held), count);
+}
+
+static void
+let_all_go(pthread_t supervisor)
+{
+    atomic_store(&holding, false);
+    nap(100 * MS);
+    atomic_store(&supervised, false);
+    pthread_join(supervisor, NULL);
+    close(listener);
 }
 
 /* One worker and one spare are stuck, and another victim is in the queue: all
@@ -1137,27 +1290,19 @@ static void
 scenario_stuck(void)
 {
     struct victim victims[4];
-    pthread_t supervisor;
-
-    hold_releases();
-    if (pthread_create(&supervisor, NULL, supervise, NULL) != 0) {
-        die("pthread_create");
-    }
+    pthread_t supervisor = hold_releases();
     struct pool *pool = make_pool(1, 1);
     for (int i = 0; i < 4; i++) {
         make_victim(&victims[i], ASLEEP);
         struct reap asked = ask(&victims[i]);
         asked.timeout = 200 * MS;
-        errno = job_make(&asked, &victims[i].job);
-        if (errno != 0) {
-            die("job_make");
-        }
+        make_job_of(&victims[i], &asked);
     }
     for (int i = 0; i < 4; i++) {
         submit(pool, &victims[i], 1);
+        await_held(i == 0 ? 1 : 2);
         nap(20 * MS);
     }
-    expect(atomic_load(&held) == 2, "%d are stuck", atomic_load(&held));
     for (int i = 0; i < 4; i++) {
         expect(poll_in(victims[i].process.pidfd, PATIENCE), "lives");
         expect(poll_in(job_fd(victims[i].job), PATIENCE) &&
@@ -1173,11 +1318,275 @@ scenario_stuck(void)
     expect(pool_close(pool, reap_now() + 5 * SECOND, false),
            "closing waits for threads that are stuck with what is done");
     pool_release(pool);
+    let_all_go(supervisor);
+}
+
+/* The watcher kills whose grace is over by itself, if of the workers all are
+   stuck, or all but one. */
+static void
+stuck_watcher(int spares)
+{
+    struct victim victims[4];
+    hold_most = 2;
+    pthread_t supervisor = hold_releases();
+    struct pool *pool = make_pool(2, spares);
+
+    for (int i = 0; i < 4; i++) {
+        make_victim(&victims[i], i < 3 ? ASLEEP : RUDE);
+        struct reap asked = ask(&victims[i]);
+        if (i < 2 || spares == 0) {
+            asked.timeout = 200 * MS;
+        }
+        make_job_of(&victims[i], &asked);
+    }
+    for (int i = 0; i < 4; i++) {
+        submit(pool, &victims[i], 1);
+        if (i < 2) {
+            await_held(i + 1);
+        }
+        nap(20 * MS);
+        if (i == 2 && spares > 0) {
+            expect(poll_in(job_fd(victims[2].job), PATIENCE), "the spare");
+            nap(20 * MS);
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        expect(poll_in(victims[i].process.pidfd, PATIENCE), "lives");
+        expect(poll_in(job_fd(victims[i].job), PATIENCE), "not done");
+        drop_job(&victims[i]);
+        end_victim(&victims[i]);
+    }
+    expect(pool_close(pool, reap_now() + 5 * SECOND, false), "not closed");
+    pool_release(pool);
+    let_all_go(supervisor);
+}
+
+static void
+scenario_all_stuck(void)
+{
+    stuck_watcher(0);
+}
+
+static void
+scenario_all_but_one(void)
+{
+    stuck_watcher(1);
+}
+
+/* One is in a release, another waits for its own: nobody is raised meanwhile,
+   if the threads have real-time priority. */
+static void
+hold_raises(enum scheduling_rung best)
+{
+    hasten();
+    pthread_t supervisor = hold_releases();
+
+    for (int round = 0; round < 10; round++) {
+        struct victim victims[6];
+        struct pool *pool = make_pool_of(1, 0, best);
+
+        atomic_store(&holding, true);
+        for (int i = 0; i < 6; i++) {
+            make_victim(&victims[i], i < 2 ? ASLEEP : RUDE);
+            victims[i].cut = i >= 2; /* not by itself: the grace is short */
+            struct reap asked = ask(&victims[i]);
+            if (i >= 2) {
+                asked.grace = (2 * i - 1) * MS;
+            }
+            make_job_of(&victims[i], &asked);
+        }
+        submit(pool, victims + 2, 4);
+        submit(pool, victims, 2);
+        nap(20 * MS);
+        atomic_store(&holding, false);
+        for (int i = 0; i < 6; i++) {
+            check(&victims[i]);
+        }
+        close_pool(pool);
+    }
+    let_all_go(supervisor);
+}
+
+static void
+scenario_held_raises(void)
+{
+    hold_raises(SCHEDULING_FIFO);
+}
+
+static void
+scenario_no_priority(void)
+{
+    hold_raises(SCHEDULING_NONE);
+}
+
+/* The only worker is stuck, with what is done, and others whose results are
+   told are in the queue: nobody is left for them, and closing does not wait. */
+static void
+scenario_nobody_left(void)
+{
+    hasten();
+    pthread_t supervisor = hold_releases();
+
+    for (int round = 0; round < 10; round++) {
+        struct victim victims[3];
+        struct pool *pool = make_pool(1, 0);
+        int count = round % 2 == 0 ? 1 : 3;
+
+        atomic_store(&holding, true);
+        for (int i = 0; i < count; i++) {
+            make_victim(&victims[i], i < 2 ? HELD : BIG);
+            struct reap asked = ask(&victims[i]);
+            asked.timeout = 0; /* they are done at once */
+            make_job_of(&victims[i], &asked);
+        }
+        for (int i = 0; i < count; i++) {
+            submit(pool, &victims[i], 1);
+        }
+        pool_close(pool, reap_now(), false); /* it is not stuck for long yet */
+        for (int i = 0; i < count; i++) {
+            expect(poll_in(job_fd(victims[i].job), PATIENCE) &&
+                       job_is_done(victims[i].job),
+                   "not told in time");
+            expect(i == 2 || !job_result(victims[i].job)->freed, "freed");
+        }
+        expect(pool_close(pool, reap_now() + 5 * SECOND, false),
+               "closing waits for a thread that is stuck with what is done");
+        pool_release(pool);
+        atomic_store(&holding, false);
+        for (int i = 0; i < count; i++) {
+            drop_job(&victims[i]);
+            end_victim(&victims[i]);
+        }
+    }
+    let_all_go(supervisor);
+}
+
+/* One that was stuck comes back while its spare is at work: it takes nothing,
+   though somebody waits. */
+static void
+scenario_back(void)
+{
+    hasten();
+    pthread_t supervisor = hold_releases();
+
+    for (int round = 0; round < 10; round++) {
+        struct victim victims[3];
+        struct pool *pool = make_pool(1, 1);
+        int before = atomic_load(&held);
+
+        atomic_store(&holding, true);
+        for (int i = 0; i < 3; i++) {
+            /* The last does not end, and so stays in the queue. */
+            make_victim(&victims[i], i < 2 ? ASLEEP : HELD);
+            make_job(&victims[i]);
+        }
+        submit(pool, victims, 1);
+        await_held(before + 1);
+        nap(15 * MS);
+        submit(pool, victims + 1, 2);
+        atomic_fetch_add(&to_let_go, 1);
+        nap((1 + round) * MS);
+        atomic_store(&holding, false);
+        for (int i = 0; i < 3; i++) {
+            check(&victims[i]);
+        }
+        close_pool(pool);
+    }
+    let_all_go(supervisor);
+}
+
+/* The pool is closed when the only worker comes back, and one whose result is
+   told is still in the queue: it is released, too. */
+static void
+scenario_last(void)
+{
+    struct victim first;
+    struct victim last;
+    pthread_t supervisor = hold_releases();
+    struct pool *pool = make_pool(1, 0);
+
+    make_victim(&first, ASLEEP);
+    make_job(&first);
+    make_victim(&last, HELD);
+    struct reap asked = ask(&last);
+    asked.timeout = 50 * MS;
+    make_job_of(&last, &asked);
+    submit(pool, &first, 1);
+    await_held(1);
+    submit(pool, &last, 1);
+    expect(poll_in(job_fd(last.job), PATIENCE) && job_is_done(last.job),
+           "not told in time");
+    expect(job_result(last.job)->outcome == REAP_PARTIAL, "outcome %d",
+           (int)job_result(last.job)->outcome);
+    expect(!job_result(last.job)->freed, "freed");
+    expect(!pool_close(pool, reap_now() + 20 * MS, false), "closed");
+    expect(memory_of(last.process.pid) >= 16 * MIB, "released by nobody");
     atomic_store(&holding, false);
-    nap(100 * MS);
-    atomic_store(&supervised, false);
-    pthread_join(supervisor, NULL);
-    close(listener);
+    drop_job(&last);
+    check(&last);
+    check(&first);
+    close_pool(pool);
+    let_all_go(supervisor);
+}
+
+/* The C library has no mutexes that lend priority: the pool does without. */
+static void
+scenario_no_inheritance(void)
+{
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_futex, 0, 4),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS,
+                 offsetof(struct seccomp_data, args[1])),
+        BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 0x7f),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, FUTEX_UNLOCK_PI, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+
+    filter_calls(code, 7, 0);
+    struct pool *pool = make_pool(2, 2);
+    run_kinds(pool);
+    close_pool(pool);
+}
+
+/* As kill() does it, in this thread; with times that are as good as infinite.
+ */
+static void
+scenario_alone(void)
+{
+    struct victim victim;
+    enum reap_progress progress;
+
+    for (int i = 0; i < 2; i++) {
+        make_victim(&victim, i == 0 ? ASLEEP : POLITE);
+        struct reap reap = ask(&victim);
+        reap.timeout = INT64_MAX;
+        reap.grace = i == 0 ? 0 : INT64_MAX;
+        do {
+            progress = reap_run(&reap);
+        } while (progress == REAP_PAUSED);
+        expect(progress == REAP_DONE, "progress %d", (int)progress);
+        expect(reap.freed, "not freed");
+        expect((ONE(reap.outcome) & outcomes_of(victim.kind)) != 0,
+               "outcome %d", (int)reap.outcome);
+        reap_finish(&reap);
+        check_end(&victim);
+        end_victim(&victim);
+    }
+
+    /* poll() also tells of what is not open; that is no end. */
+    make_victim(&victim, ASLEEP);
+    struct reap reap = ask(&victim);
+    reap.send = false;
+    reap.pidfd = 1000;
+    expect(reap_run(&reap) == REAP_DONE, "not done");
+    expect(reap.outcome == REAP_UNSUPPORTED && reap.err == EBADF,
+           "outcome %d, errno %d", (int)reap.outcome, reap.err);
+    expect(!reap.freed && reap.exited == 0, "ended");
+    expect(!poll_in(victim.process.pidfd, 0), "was killed");
+    reap_finish(&reap);
+    end_victim(&victim);
 }
 
 /* ----------------------------------------------------------------- main */
@@ -1195,11 +1604,22 @@ static const struct scenario {
     {"closers", scenario_closers},
     {"fork", scenario_fork},
     {"descriptors", scenario_descriptors},
+    {"job-fds", scenario_job_descriptors},
+    {"no-memory", scenario_no_memory},
     {"no-pool", scenario_no_pool},
     {"one-cpu", scenario_one_cpu},
     {"numbers", scenario_numbers},
     {"gone", scenario_gone},
     {"stuck", scenario_stuck},
+    {"all-stuck", scenario_all_stuck},
+    {"all-but-one", scenario_all_but_one},
+    {"held-raises", scenario_held_raises},
+    {"no-priority", scenario_no_priority},
+    {"nobody-left", scenario_nobody_left},
+    {"back", scenario_back},
+    {"last", scenario_last},
+    {"no-pi", scenario_no_inheritance},
+    {"alone", scenario_alone},
 };
 
 #define SCENARIOS ((int)(sizeof(scenarios) / sizeof(scenarios[0])))
