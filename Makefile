@@ -13,8 +13,8 @@ WHEEL_ENVS := $(WHEEL_PYTHONS:%=build/python-%)
 WHEEL_SOME := $(addprefix tests/test_,command.py import.py kernel_results.py \
     reaper.py values.py)
 # The wheel of 3.12 is that of 3.13, which has all tests: not twice the longest.
-WHEEL_NOT := $(patsubst %,--ignore=tests/test_%.py,bench demo freed_truth \
-    fuzz no_leaks storm)
+WHEEL_NOT := $(patsubst %,--ignore=tests/test_%.py,bench demo faults \
+    freed_truth fuzz no_leaks storm)
 
 # What `make vm` boots, by Debian suite: Linux 5.10, which has no such call,
 # 6.1, 6.12, and the newest; as whom; and of which tests, of which each runs with
@@ -31,6 +31,8 @@ TESTS_THREADS := $(wildcard tests/test_threads.py tests/test_reaper*.py \
 TESTS_ASAN := $(filter-out %/test_storm.py,$(TESTS_THREADS)) tests/test_grace.py \
     tests/test_kernel_results.py tests/test_limits.py \
     tests/test_robust_locks.py tests/test_values.py
+# Of each other C file there is a test; of these three each branch.
+TESTS_COVERAGE := $(addprefix tests/test_,faults.py hardening.py support.py)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -44,7 +46,7 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test storm lint format types analyze wheels vm clean \
-    native fuzz asan free-threaded promises \
+    native fuzz asan coverage free-threaded promises \
     figures bench-overhead bench-late bench-back bench-latency bench-many \
     bench-growth bench-peers
 .DELETE_ON_ERROR:
@@ -145,6 +147,27 @@ asan: build/asan/built ## run the tests of the C code with ASan and UBSan
 	    MRELEASE_TEST_VICTIM=$(CURDIR)/build/asan/victim \
 	    $(FIXED) build/asan/bin/python -m pytest -W error --quick \
 	    $(TESTS_ASAN) $(ARGS)
+
+coverage: build/coverage/drive ## each branch of the C core, taken or listed
+	@for part in module drive; do \
+	    : >$(COVERAGE)/$$part.counters && \
+	    chmod 666 $(COVERAGE)/$$part.counters || exit 1; \
+	done
+	@echo "== The native threads, driven from C"
+	@$(COVERAGE)/drive $(COVERAGE)/victim
+	@echo "== pytest"
+	@MRELEASE_TEST_VICTIM=$(COVERAGE)/victim \
+	    $(COVERAGE)/bin/python -m pytest -W error --quick \
+	    $(TESTS_COVERAGE) $(ARGS)
+	@rm -rf $(COVERAGE)/found && \
+	    mkdir -p $(COVERAGE)/found/module $(COVERAGE)/found/drive
+	@MRELEASE_COUNTERS=$(COVERAGE)/found/module \
+	    $(COVERAGE)/bin/python -c 'import mrelease._mrelease'
+	@MRELEASE_COUNTERS=$(COVERAGE)/found/drive $(COVERAGE)/drive
+	@echo "== What has run of src"
+	@$(COVERAGE)/bin/python tests/branches.py \
+	    --objects $(COVERAGE)/copy/build/temp*/src \
+	    --list tests/native/unreachable.txt $(COVERAGE)/found/*
 
 free-threaded: build/free-threaded/built ## the tests of threads without the GIL
 	@echo "== The module does not ask for the GIL"
@@ -318,6 +341,14 @@ FUZZED := -g -fsanitize=fuzzer,address,undefined \
 # gcc 12's runtimes do not start where addresses are very random.
 FIXED = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
+# Every process counts into one file: tests/native/counters.c says how.
+COVERAGE := $(CURDIR)/build/coverage
+COUNT = -g -O0 --coverage -fprofile-update=atomic -fdata-sections \
+    -fprofile-info-section=gcov_info \
+    -Wl,-T,$(CURDIR)/tests/native/counters.ld
+FLAGS_asan = $(SANITIZE)
+FLAGS_coverage = $(COUNT) $(COVERAGE)/module.o
+
 # With four threads that never wait, 500 forks take some ten minutes.
 ENDLESS := \
     tests/test_threads.py::test_forks_at_any_moment_of_kills_in_other_threads
@@ -334,19 +365,33 @@ build/%/built: $(MAKEFILE_LIST) setup.py pyproject.toml $(C_FILES) \
 	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" gcc
 	@echo "== Setting up build/$*"
 	@case $* in \
-	asan | vm) python="$(PYTHON)" ;; \
+	asan | coverage | vm) python="$(PYTHON)" ;; \
 	*) python="$$($(PYTHON) tests/free_threaded.py)" ;; \
 	esac && "$$python" -m venv --clear build/$*
 	@build/$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	@build/$*/bin/python -m pip install --quiet --group test
 	@mkdir build/$*/copy && cp -r $(COPIED) build/$*/copy && \
 	    rm -f build/$*/copy/src/mrelease/*.so
-	@MRELEASE_CFLAGS="$(if $(filter asan,$*),$(SANITIZE))" \
+	@$(if $(filter coverage,$*),for part in module drive; do \
+	    gcc $(WARNINGS) -fPIC -c tests/native/counters.c \
+	        -DCOUNTERS="\"$(COVERAGE)/$$part.counters\"" \
+	        -o build/coverage/$$part.o || exit 1; \
+	done)
+	@MRELEASE_CFLAGS="$(FLAGS_$*)" \
 	    build/$*/bin/python -m pip install --quiet --no-deps build/$*/copy
 	@# What is preloaded is not loaded into a static victim.
 	@gcc -std=c11 -O2 -static -pthread tests/native/victim.c \
 	    -o build/$*/victim
 	@touch $@
+
+# The objects are the module's, so that the branches are the same.
+build/coverage/built: tests/native/counters.c tests/native/counters.ld
+build/coverage/drive: build/coverage/built tests/native/drive.c
+	@gcc $(WARNINGS) -g -pthread -Isrc -c tests/native/drive.c \
+	    -o build/coverage/driver.o
+	@gcc -pthread $(COUNT) build/coverage/driver.o build/coverage/drive.o \
+	    $(filter-out %/_mrelease.o,$(patsubst src/%.c,$(COVERAGE)/copy/build/temp*/src/%.o,$(C_FILES))) \
+	    -o $@
 
 # A fresh environment of Python 3.x for `make wheels`, each time.
 .PHONY: $(WHEEL_ENVS)
