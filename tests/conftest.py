@@ -63,13 +63,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "needs(*kinds): victims without which the test is skipped; names "
-        "of victims.kinds(), 'kernel_thread', 'root' or 'seccomp'",
+        "of victims.kinds(), 'kernel_thread', 'release', 'root', 'seccomp'",
     )
 
 
 def _reason(need: str) -> str | None:
     if need == "root":
         return None if os.geteuid() == 0 else "needs root"
+    if need == "release":
+        if kernel_errors.has_the_call():
+            return None
+        return f"no process_mrelease(2) in Linux {os.uname().release}"
     if need == "seccomp":
         return kernel_errors.why_not()
     reason = victims.why_not(need)

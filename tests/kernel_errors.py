@@ -609,6 +609,13 @@ class answered(Closing):  # noqa: N801 - reads as contextlib's do
         os.close(self._stop_w)
 
 
+def has_the_call() -> bool:
+    """Whether this kernel has process_mrelease(2), asked without mrelease."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall(number("process_mrelease"), -1, 0)
+    return ctypes.get_errno() == errno.EBADF
+
+
 def why_not() -> str | None:
     """Why seccomp filters or notification can not be used, or None."""
     if platform.machine() not in _MACHINES:

@@ -40,7 +40,6 @@ from mrelease.cgroup import Cgroup, kill_opened
 from mrelease.directory import Distrusted, open_directory
 from mrelease.printable import printable
 from test_limits import own_mounts
-from test_without_the_call import _has_the_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -1091,7 +1090,7 @@ def test_a_friend_that_holds_a_victim_by_ptrace_holds_no_memory(
     kill: Kill,
 ) -> None:
     """It can not end, and its memory is back all the same."""
-    if not _has_the_call():
+    if not kernel_errors.has_the_call():
         pytest.skip("no process_mrelease here")
     with victims.held(16) as victim:
         release = kill(victim.pid, timeout=0.5)

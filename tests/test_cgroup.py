@@ -423,6 +423,7 @@ def test_without_any_right_it_raises_before_anything(
     assert text.endswith("nothing was signalled")
 
 
+@pytest.mark.needs("release")
 def test_what_may_not_be_signalled_is_denied_the_rest_is_killed(
     group: Plain, unprivileged: Unprivileged
 ) -> None:
@@ -468,6 +469,8 @@ def test_cgroup_kill_suffices_where_it_may_be_written(
 def test_processes_without_a_pid_here_are_counted(v2: Plain) -> None:
     if shutil.which("unshare") is None or os.geteuid() != 0:
         raise Unavailable("needs unshare and root")
+    if not (v2.path / "cgroup.kill").exists():
+        raise Unavailable("no cgroup.kill (Linux before 5.14)")
     # Seen from another pid namespace, which the victim is not in.
     code = """
 import sys, mrelease

@@ -67,6 +67,7 @@ def assert_untouched(victim: victims.Process) -> None:
 # ---------------------------------------------------------------- kill
 
 
+@pytest.mark.needs("release")
 def test_kill_prints_the_release_and_exits_with_0() -> None:
     with victims.asleep(16) as victim:
         done = mrelease("kill", victim.pid)
@@ -105,6 +106,7 @@ def test_each_pid_gets_its_line_in_the_order_given() -> None:
     assert told == [["pid", str(b.pid)], ["pid", str(a.pid)]]
 
 
+@pytest.mark.needs("release")
 def test_json_is_a_document_a_line_with_all_of_the_release() -> None:
     gone = victims.reaped_pid()
     with victims.asleep(16) as victim:
@@ -138,6 +140,7 @@ def test_a_pid_that_is_gone_does_not_stop_the_others() -> None:
 
 
 @pytest.mark.needs("shared")
+@pytest.mark.needs("release")
 def test_memory_that_is_not_back_exits_with_1() -> None:
     with victims.shared(16) as victim:
         done = mrelease("kill", "--timeout", "0.05", victim.pid)
@@ -382,6 +385,7 @@ def test_timeout_bounds_the_wait() -> None:
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_dry_run_sends_nothing() -> None:
     def let(call: Call) -> Do:
         del call
@@ -415,6 +419,7 @@ def test_dry_run_sends_nothing() -> None:
     assert victim.pid not in {call.args[0] for call in made}
 
 
+@pytest.mark.needs("release")
 def test_dry_run_says_what_would_happen() -> None:
     with victims.asleep(16) as victim:
         done = mrelease("kill", "--dry-run", victim.pid)
@@ -425,6 +430,7 @@ def test_dry_run_says_what_would_happen() -> None:
     )
 
 
+@pytest.mark.needs("release")
 def test_dry_run_tells_the_grace() -> None:
     with victims.asleep(16) as victim:
         done = mrelease("kill", "--dry-run", "--grace", "2.5", victim.pid)
@@ -432,6 +438,7 @@ def test_dry_run_tells_the_grace() -> None:
     assert "would get SIGTERM, after 2.5 s SIGKILL and be" in done.stdout
 
 
+@pytest.mark.needs("release")
 def test_dry_run_in_json() -> None:
     gone = victims.reaped_pid()
     with victims.asleep(16) as victim:
@@ -448,6 +455,7 @@ def test_dry_run_in_json() -> None:
 
 
 @pytest.mark.needs("robust_holder")
+@pytest.mark.needs("release")
 def test_dry_run_looks_at_the_locks() -> None:
     with victims.robust_holder(16) as victim:
         done = mrelease("kill", "--dry-run", victim.pid)
@@ -473,6 +481,7 @@ def test_dry_run_checks_the_permission(
     assert "belongs to another user" in err
 
 
+@pytest.mark.needs("release")
 def test_dry_run_says_if_the_locks_cannot_be_checked(
     answered: Answered,
 ) -> None:
@@ -746,6 +755,7 @@ def test_a_cgroup_in_json_is_one_document() -> None:
 
 
 @pytest.mark.parametrize("option", ["--tree", "--group", "--cgroup"])
+@pytest.mark.needs("release")
 def test_dry_run_lists_what_would_be_killed(option: str) -> None:
     with (
         Meter() as group,
@@ -990,6 +1000,7 @@ def test_kill_works_where_the_system_call_is_missing(
     assert done.returncode == (0 if told["freed"] else 1)
 
 
+@pytest.mark.needs("release")
 def test_support_tells_what_works_and_exits_with_0() -> None:
     done = mrelease("support", "--probe")
     assert done.returncode == 0, done
@@ -997,6 +1008,7 @@ def test_support_tells_what_works_and_exits_with_0() -> None:
     assert "release: yes: " in done.stdout
 
 
+@pytest.mark.needs("release")
 def test_support_in_json() -> None:
     done = mrelease("support", "--probe", "--json")
     assert done.returncode == 0, done

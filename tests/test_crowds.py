@@ -41,6 +41,7 @@ def test_a_crowd_with_little_memory_is_left_to_its_end(kill: Kill) -> None:
             assert not release.raised
 
 
+@pytest.mark.needs("release")
 def test_a_crowd_that_does_not_end_is_released_all_the_same(
     kill: Kill,
 ) -> None:
@@ -56,6 +57,7 @@ def test_a_crowd_that_does_not_end_is_released_all_the_same(
         assert victim.rss_anon() < 1 << 20
 
 
+@pytest.mark.needs("release")
 def test_a_crowd_with_much_memory_is_released_at_once(kill: Kill) -> None:
     with victims.held(256, threads=CROWD) as victim:
         release = kill(victim.pid, timeout=5.0)
@@ -71,6 +73,7 @@ def test_patience_is_at_most_half_of_the_timeout(kill: Kill) -> None:
             assert release.released > 0.009
 
 
+@pytest.mark.needs("release")
 def test_a_starved_crowd_does_not_have_to_wait(kill: Kill) -> None:
     with victims.held(16, threads=CROWD, idle=True) as victim:
         release = kill(victim.pid, timeout=5.0)

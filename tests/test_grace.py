@@ -171,6 +171,7 @@ def test_a_victim_that_has_ended_already_is_not_signalled(kill: Kill) -> None:
 
 
 @pytest.mark.parametrize("grace", [0.001, 0.05, 0.6])
+@pytest.mark.needs("release")
 def test_one_that_ignores_sigterm_gets_sigkill_when_the_grace_is_over(
     grace: float,
     kill: Kill,
@@ -188,6 +189,7 @@ def test_one_that_ignores_sigterm_gets_sigkill_when_the_grace_is_over(
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_one_that_can_not_end_of_sigterm_is_killed_and_released(
     kill: Kill,
 ) -> None:
@@ -203,6 +205,7 @@ def test_one_that_can_not_end_of_sigterm_is_killed_and_released(
 
 
 @pytest.mark.needs("held", "seccomp")
+@pytest.mark.needs("release")
 def test_there_is_no_release_within_the_grace(
     answered: Answered, kill: Kill
 ) -> None:
@@ -635,6 +638,7 @@ def test_a_bad_locks_is_refused_before_any_signal(
 
 @pytest.mark.needs("held")
 @pytest.mark.parametrize("timeout", [0, 0.0])
+@pytest.mark.needs("release")
 def test_timeout_0_returns_at_once(timeout: float, kill: Kill) -> None:
     with victims.held(4) as victim:
         begin = time.monotonic()
@@ -650,6 +654,7 @@ def test_timeout_0_returns_at_once(timeout: float, kill: Kill) -> None:
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_timeout_0_does_not_wait_for_locks_either(
     tmp_path: Path, kill: Kill
 ) -> None:
@@ -678,6 +683,7 @@ def test_timeout_0_does_not_wait_for_locks_either(
         (errno.EPERM, Outcome.UNSUPPORTED),
     ],
 )
+@pytest.mark.needs("release")
 def test_timeout_bounds_the_call_whatever_the_kernel_says(
     number: int,
     outcome: Outcome,
@@ -702,6 +708,7 @@ def test_timeout_bounds_the_call_whatever_the_kernel_says(
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_timeout_bounds_the_wait_for_what_only_the_end_gives_back(
     kill: Kill,
 ) -> None:
@@ -756,6 +763,7 @@ def test_a_timeout_without_end_is_accepted(kill: Kill) -> None:
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_the_times_are_in_order_and_within_the_call(kill: Kill) -> None:
     for grace in (0.0, 0.02):
         with victims.held(16, shared_anon=2, sigterm="ignore") as victim:
@@ -815,6 +823,7 @@ def test_ctrl_c_within_the_grace_is_raised_and_the_victim_is_dead() -> None:
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_ctrl_c_within_the_grace_releases_the_memory_too() -> None:
     with victims.held(16, sigterm="default") as victim:
 
@@ -853,6 +862,7 @@ def test_ctrl_c_within_the_grace_protects_locks_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_ctrl_c_after_sigkill_is_raised_and_the_victim_is_dead() -> None:
     # Shared memory is waited for, and the victim can not end.
     with victims.held(16, shared_anon=4) as victim:
@@ -1033,6 +1043,7 @@ def test_an_audit_hook_that_raises_stops_the_kill(
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_a_release_without_a_kill_is_no_audit_event() -> None:
     with (
         victims.held(4, killed=True) as process,

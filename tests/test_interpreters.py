@@ -132,6 +132,7 @@ def check_answer(answer: object, victim: victims.Process) -> None:
     assert victim.wait() == -signal.SIGKILL
 
 
+@pytest.mark.needs("release")
 def test_import_and_kill_in_a_subinterpreter_after_the_main_one() -> None:
     assert "mrelease._mrelease" in sys.modules
 
@@ -179,6 +180,7 @@ print(mrelease.kill(int(sys.argv[3])).freed, flush=True)
             assert victim.wait() == -signal.SIGKILL
 
 
+@pytest.mark.needs("release")
 def test_all_of_the_package_works_in_a_subinterpreter() -> None:
     code = """
 import errno, mrelease
@@ -226,6 +228,7 @@ answer((errors, started, anon, alive, dead, victim.pid,
         assert victim.wait() == -signal.SIGKILL
 
 
+@pytest.mark.needs("release")
 def test_8_interpreters_kill_at_once(rounds: Callable[[int], int]) -> None:
     turns = rounds(10)
 
@@ -269,6 +272,7 @@ def test_8_interpreters_kill_at_once(rounds: Callable[[int], int]) -> None:
             check_answer(answer, victim)
 
 
+@pytest.mark.needs("release")
 def test_interpreters_that_come_and_go_leave_the_module_working() -> None:
     def run(pids: list[int]) -> list[object]:
         found: list[object] = []

@@ -82,6 +82,7 @@ def is_plain_success(release: Release) -> bool:
 
 
 @pytest.mark.parametrize("flags", [1, 2, 1 << 31, (1 << 32) - 1, True])
+@pytest.mark.needs("release")
 def test_einval_for_flags_which_are_looked_at_before_the_fd(
     flags: int,
 ) -> None:
@@ -89,6 +90,7 @@ def test_einval_for_flags_which_are_looked_at_before_the_fd(
     assert failed(victims.PAGE, flags) == "EINVAL"
 
 
+@pytest.mark.needs("release")
 def test_einval_for_flags_on_a_dying_victim_whose_memory_stays() -> None:
     with victims.held(SIZE, killed=True) as victim:
         assert failed(victim.pidfd, 1) == "EINVAL"
@@ -98,6 +100,7 @@ def test_einval_for_flags_on_a_dying_victim_whose_memory_stays() -> None:
 # ----------------------------------------------------------- EBADF: the fd
 
 
+@pytest.mark.needs("release")
 def test_ebadf_for_a_closed_fd() -> None:
     fd = os.open(os.devnull, os.O_RDONLY)
     os.close(fd)
@@ -106,6 +109,7 @@ def test_ebadf_for_a_closed_fd() -> None:
         Victim.from_pidfd(fd)
 
 
+@pytest.mark.needs("release")
 def test_ebadf_for_a_closed_pidfd() -> None:
     with victims.held(SIZE, killed=True) as victim:
         fd = os.dup(victim.pidfd)
@@ -114,10 +118,12 @@ def test_ebadf_for_a_closed_pidfd() -> None:
 
 
 @pytest.mark.parametrize("fd", [-1, -(1 << 31), (1 << 31) - 1])
+@pytest.mark.needs("release")
 def test_ebadf_for_a_number_that_is_no_fd(fd: int) -> None:
     assert failed(fd) == "EBADF"
 
 
+@pytest.mark.needs("release")
 def test_ebadf_for_an_ordinary_file() -> None:
     with tempfile.TemporaryFile() as file:
         assert failed(file.fileno()) == "EBADF"
@@ -126,6 +132,7 @@ def test_ebadf_for_an_ordinary_file() -> None:
             Victim.from_pidfd(file)
 
 
+@pytest.mark.needs("release")
 def test_ebadf_for_a_directory_of_proc() -> None:
     """pidfd_send_signal(2) takes one, this call does not."""
     with victims.held(SIZE, killed=True) as victim:
@@ -142,6 +149,7 @@ def test_ebadf_for_a_directory_of_proc() -> None:
 # --------------------------------------------- ESRCH: nobody, or no memory
 
 
+@pytest.mark.needs("release")
 def test_esrch_for_a_reaped_process(kill: Kill) -> None:
     with victims.asleep(SIZE) as victim, Victim(victim.pid) as pinned:
         victim.popen.kill()
@@ -157,6 +165,7 @@ def test_esrch_for_a_reaped_process(kill: Kill) -> None:
         kill(victim.pid)
 
 
+@pytest.mark.needs("release")
 def test_esrch_for_a_zombie(kill: Kill) -> None:
     with victims.zombie(SIZE) as victim:
         assert failed(victim.pidfd) == "ESRCH"
@@ -169,6 +178,7 @@ def test_esrch_for_a_zombie(kill: Kill) -> None:
 
 
 @pytest.mark.needs("kernel_thread")
+@pytest.mark.needs("release")
 def test_esrch_for_a_kernel_thread(kill: Kill) -> None:
     pid = victims.kernel_thread()
     fd = os.pidfd_open(pid)
@@ -268,6 +278,7 @@ def test_esrch_for_a_victim_out_of_reach_with_its_memory_still_held(
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_esrch_without_an_end_is_exiting_at_the_deadline(
     answered: Answered,
     kill: Kill,
@@ -301,6 +312,7 @@ def test_esrch_and_an_end_before_the_deadline_is_exited(
 # --------------------------------------- EINVAL: not dying, dumping, shared
 
 
+@pytest.mark.needs("release")
 def test_einval_for_a_live_process_which_goes_on() -> None:
     with victims.spinning(SIZE) as victim, Victim(victim.pid) as pinned:
         assert failed(victim.pidfd) == "EINVAL"
@@ -327,6 +339,7 @@ def test_einval_for_a_live_process_that_does_not_run(kind: str) -> None:
         assert victim.rss_anon() >= SIZE * MIB
 
 
+@pytest.mark.needs("release")
 def test_einval_after_a_signal_that_the_victim_handles_or_ignores() -> None:
     with victims.asleep(SIZE, sigterm="ignore") as victim:
         victim.popen.terminate()
@@ -334,6 +347,7 @@ def test_einval_after_a_signal_that_the_victim_handles_or_ignores() -> None:
         assert victim.rss_anon() >= SIZE * MIB
 
 
+@pytest.mark.needs("release")
 def test_einval_for_a_dead_leader_with_live_threads(kill: Kill) -> None:
     with victims.zombie_leader(SIZE) as victim:
         assert failed(victim.pidfd) == "EINVAL"
@@ -369,6 +383,7 @@ def test_a_dead_leader_is_no_hindrance_once_the_threads_are_dying(
         assert "RssAnon:\t       0 kB" in status.read_text()
 
 
+@pytest.mark.needs("release")
 def test_einval_for_memory_shared_with_a_live_process() -> None:
     with victims.held(SIZE, sharer=True, killed=True) as victim:
         assert failed(victim.pidfd) == "EINVAL"
@@ -386,6 +401,7 @@ def test_einval_for_memory_shared_with_a_live_process() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.needs("release")
 def test_kill_tells_that_a_live_process_shares_the_memory(
     threads: int, meter: cgroups.Meter, kill: Kill
 ) -> None:
@@ -398,6 +414,7 @@ def test_kill_tells_that_a_live_process_shares_the_memory(
 
 
 @pytest.mark.needs("core_dumping")
+@pytest.mark.needs("release")
 def test_einval_while_a_core_dump_is_in_progress(kill: Kill) -> None:
     with victims.core_dumping(SIZE) as victim:
         assert failed(victim.pidfd) == "EINVAL"
@@ -419,6 +436,7 @@ def test_einval_while_a_core_dump_is_in_progress(kill: Kill) -> None:
 # ----------------------------------------------------------------- success
 
 
+@pytest.mark.needs("release")
 def test_success_for_a_victim_that_is_dying_and_has_not_ended() -> None:
     with victims.held(SIZE, killed=True) as victim:
         assert victim.rss_anon() >= SIZE * MIB
@@ -427,6 +445,7 @@ def test_success_for_a_victim_that_is_dying_and_has_not_ended() -> None:
         assert not victim.ended()
 
 
+@pytest.mark.needs("release")
 def test_success_in_kill(kill: Kill) -> None:
     with victims.held(SIZE) as victim:
         release = kill(victim.pid)
@@ -435,6 +454,7 @@ def test_success_in_kill(kill: Kill) -> None:
         assert victim.rss_anon() == 0
 
 
+@pytest.mark.needs("release")
 def test_success_in_release_after_another_s_kill() -> None:
     with victims.held(SIZE) as victim, Victim(victim.pid) as pinned:
         victim.popen.kill()
@@ -455,6 +475,7 @@ def test_success_at_once_before_the_victim_has_run_at_all() -> None:
 
 
 @pytest.mark.needs("in_d_state")
+@pytest.mark.needs("release")
 def test_success_after_a_sigterm_of_which_the_victim_dies() -> None:
     """It marks the process as dying when it is sent, too.
 
@@ -468,6 +489,7 @@ def test_success_after_a_sigterm_of_which_the_victim_dies() -> None:
         assert victim.rss_anon() == 0
 
 
+@pytest.mark.needs("release")
 def test_success_again_for_the_second_call(kill: Kill) -> None:
     with victims.held(SIZE, killed=True) as victim:
         process_mrelease(victim.pidfd)
@@ -481,6 +503,7 @@ def test_success_again_for_the_second_call(kill: Kill) -> None:
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_eagain_is_raised_by_process_mrelease_and_not_retried(
     answered: Answered,
 ) -> None:
@@ -498,6 +521,7 @@ def test_eagain_is_raised_by_process_mrelease_and_not_retried(
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_eagain_then_success_is_released_with_its_attempts_counted(
     answered: Answered,
     kill: Kill,
@@ -515,6 +539,7 @@ def test_eagain_then_success_is_released_with_its_attempts_counted(
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_eagain_then_success_in_release(answered: Answered) -> None:
     with victims.held(SIZE, killed=True) as victim:
         kernel = answered({"process_mrelease": [errno.EAGAIN] * 4 + [ALLOW]})
@@ -529,6 +554,7 @@ def test_eagain_then_success_in_release(answered: Answered) -> None:
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_eagain_for_ever_is_partial_at_the_deadline(
     answered: Answered,
     kill: Kill,
@@ -572,6 +598,7 @@ def interrupts(call: Call) -> int:
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_eintr_then_success_in_kill(answered: Answered, kill: Kill) -> None:
     with victims.held(SIZE) as victim:
         kernel = answered({"process_mrelease": [errno.EINTR] * 2 + [ALLOW]})
@@ -583,6 +610,7 @@ def test_eintr_then_success_in_kill(answered: Answered, kill: Kill) -> None:
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_eintr_is_retried_by_process_mrelease_after_the_handler_has_run(
     answered: Answered,
 ) -> None:
@@ -606,6 +634,7 @@ class Enough(Exception):
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_eintr_ends_process_mrelease_if_the_handler_raises(
     answered: Answered,
 ) -> None:
@@ -627,6 +656,7 @@ def test_eintr_ends_process_mrelease_if_the_handler_raises(
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_only_a_fatal_signal_ends_the_wait_inside_the_call(
     answered: Answered,
 ) -> None:
@@ -675,6 +705,7 @@ def test_eperm_and_enosys_the_kill_and_the_wait_for_the_end_still_happen(
 
 @pytest.mark.needs("seccomp")
 @pytest.mark.parametrize("name", ["EPERM", "ENOSYS"])
+@pytest.mark.needs("release")
 def test_eperm_and_enosys_nothing_is_freed_while_the_victim_is_held(
     name: str, answered: Answered, kill: Kill
 ) -> None:
@@ -711,6 +742,7 @@ def test_eperm_and_enosys_release_leaves_a_live_process_alone(
         assert victim.state() == "S"
 
 
+@pytest.mark.needs("release")
 def test_the_call_itself_asks_for_no_permission(
     unprivileged: Callable[[Callable[[int], None], int], None],
 ) -> None:
@@ -731,6 +763,7 @@ class WithFileno:
         return self.value
 
 
+@pytest.mark.needs("release")
 def test_an_object_with_fileno_stands_for_its_fd() -> None:
     with victims.held(SIZE, killed=True) as victim:
         given = WithFileno(victim.pidfd)
@@ -739,6 +772,7 @@ def test_an_object_with_fileno_stands_for_its_fd() -> None:
         process_mrelease(given, 0)  # type: ignore[arg-type]
 
 
+@pytest.mark.needs("release")
 def test_a_victim_stands_for_its_pidfd() -> None:
     with victims.held(SIZE) as victim, Victim(victim.pid) as pinned:
         assert failed(pinned) == "EINVAL"
@@ -747,6 +781,7 @@ def test_a_victim_stands_for_its_pidfd() -> None:
         assert victim.rss_anon() == 0
 
 
+@pytest.mark.needs("release")
 def test_an_open_file_stands_for_its_fd() -> None:
     with victims.held(SIZE, killed=True) as victim:
         with open(os.dup(victim.pidfd), closefd=True, opener=None) as file:

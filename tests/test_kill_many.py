@@ -86,6 +86,7 @@ def check_untouched(victim: victims.Process) -> None:
 # ---------------------------------------------------------------- the results
 
 
+@pytest.mark.needs("release")
 def test_the_results_are_in_the_order_given(kill_many: KillMany) -> None:
     with ExitStack() as stack:
         sizes = [1, 16, 2, 8, 1, 32, 4] * 3
@@ -127,6 +128,7 @@ def test_the_biggest_is_signalled_first(
         assert order == [victim.pid for _, victim in by_size]
 
 
+@pytest.mark.needs("release")
 def test_who_is_gone_is_gone(kill_many: KillMany) -> None:
     gone = victims.reaped_pid()
     waited_for = subprocess.Popen(["true"])
@@ -157,6 +159,7 @@ def test_who_is_gone_is_gone(kill_many: KillMany) -> None:
 
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("grace", [0.0, 0.05])
+@pytest.mark.needs("release")
 def test_who_may_not_be_signalled_is_denied(
     grace: float, kill_many: KillMany, unprivileged: Unprivileged
 ) -> None:
@@ -183,6 +186,7 @@ def test_an_empty_list(kill_many: KillMany) -> None:
     assert kill_many(iter(())) == []
 
 
+@pytest.mark.needs("release")
 def test_a_process_that_is_given_twice_has_two_results(
     kill_many: KillMany,
 ) -> None:
@@ -231,6 +235,7 @@ def test_a_grace_is_that_of_each(kill_many: KillMany) -> None:
         assert deaf.wait() == -signal.SIGKILL
 
 
+@pytest.mark.needs("release")
 def test_the_timeout_is_that_of_each(kill_many: KillMany) -> None:
     with ExitStack() as stack:
         made = [
@@ -392,6 +397,7 @@ def sleepers(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 @pytest.mark.parametrize("grace", [0.0, 0.01])
 @pytest.mark.parametrize("left", [4, 10, 60])
+@pytest.mark.needs("release")
 def test_300_are_killed_with_few_file_descriptors(
     left: int, grace: float, kill_many: KillMany
 ) -> None:
@@ -423,6 +429,7 @@ def test_300_are_killed_with_few_file_descriptors(
 
 
 @pytest.mark.parametrize("left", [3, 4, 5])
+@pytest.mark.needs("release")
 def test_none_is_left_alive_for_want_of_a_file_descriptor(left: int) -> None:
     """Each turn waits for the file descriptors of the one before."""
 
@@ -487,6 +494,7 @@ def test_batches_from_several_threads(rounds: Callable[[int], int]) -> None:
             assert all(result.freed for result in results)
 
 
+@pytest.mark.needs("release")
 def test_a_thousand_are_killed_in_one_call(
     rounds: Callable[[int], int],
 ) -> None:

@@ -143,6 +143,7 @@ def test_without_a_free_fd_from_pidfd_fails_by_errno() -> None:
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_without_a_free_fd_a_victim_made_in_advance_is_released() -> None:
     with victims.held(16) as victim:
 
@@ -163,6 +164,7 @@ def test_without_a_free_fd_a_victim_made_in_advance_is_released() -> None:
         check_gone(victim)
 
 
+@pytest.mark.needs("release")
 def test_without_a_free_fd_a_victim_made_in_advance_ends() -> None:
     with victims.asleep(16, threads=4) as victim:
 
@@ -227,6 +229,7 @@ def take_away_proc() -> None:
 
 
 @pytest.mark.needs("root", "held")
+@pytest.mark.needs("release")
 def test_without_proc_the_victim_is_killed_and_released(kill: Kill) -> None:
     with victims.held(16, threads=4) as victim:
 
@@ -249,6 +252,7 @@ def test_without_proc_the_victim_is_killed_and_released(kill: Kill) -> None:
 
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.needs("release")
 def test_without_proc_the_victim_ends(threads: int, kill: Kill) -> None:
     with victims.asleep(16, threads=threads) as victim:
 
@@ -338,6 +342,7 @@ def test_without_proc_a_reaped_process_is_still_told_from_a_live_one() -> None:
 
 
 @pytest.mark.needs("root")
+@pytest.mark.needs("release")
 def test_without_proc_support_says_so() -> None:
     def run() -> mrelease.Support:
         take_away_proc()
@@ -420,6 +425,7 @@ def undumpable(size: int) -> Iterator[kernel_errors.Job[None]]:
 
 
 @pytest.mark.needs("root")
+@pytest.mark.needs("release")
 def test_with_hidepid_a_hidden_process_that_may_be_killed_is(
     kill: Kill,
 ) -> None:
@@ -478,6 +484,7 @@ def wait_in(pid: int, name: str) -> None:
 
 @pytest.mark.needs("held")
 @pytest.mark.parametrize("given", ["pid", "Victim"])
+@pytest.mark.needs("release")
 def test_ctrl_c_comes_out_of_the_wait_and_the_victim_is_released(
     given: str,
 ) -> None:
@@ -546,6 +553,7 @@ def test_an_exception_of_a_handler_comes_out_and_the_victim_is_killed() -> (
 
 
 @pytest.mark.needs("held", "seccomp")
+@pytest.mark.needs("release")
 def test_ctrl_c_inside_the_release_comes_out_after_it() -> None:
     rules = {"process_mrelease": [kernel_errors.BLOCK]}
     with (
@@ -570,6 +578,7 @@ def test_ctrl_c_inside_the_release_comes_out_after_it() -> None:
         check_gone(victim)
 
 
+@pytest.mark.needs("release")
 def test_a_signal_each_ms_changes_nothing_in_200_kills(
     rounds: Callable[[int], int],
     kill: Kill,
@@ -612,6 +621,7 @@ def test_a_signal_each_ms_changes_nothing_in_200_kills(
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_a_signal_each_ms_does_not_change_how_long_is_waited(
     kill: Kill,
 ) -> None:
@@ -801,6 +811,7 @@ def named(
 
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
+@pytest.mark.needs("release")
 def test_a_name_can_not_forge_identity_or_footprint(
     name: bytes, tmp_path: Path, kill: Kill
 ) -> None:
@@ -827,6 +838,7 @@ def test_a_name_can_not_forge_identity_or_footprint(
 
 @pytest.mark.needs("held", "seccomp")
 @pytest.mark.parametrize("name", NAMES, ids=repr)
+@pytest.mark.needs("release")
 def test_a_name_can_not_hide_that_a_victim_is_dying(
     name: bytes, tmp_path: Path
 ) -> None:
@@ -854,6 +866,7 @@ def test_a_name_can_not_hide_that_a_victim_is_dying(
 THREADS = 4000
 
 
+@pytest.mark.needs("release")
 def test_a_victim_with_4000_threads_is_killed_and_released(kill: Kill) -> None:
     with victims.asleep(16, threads=THREADS) as victim:
         result = kill(victim.pid, timeout=30)
@@ -899,6 +912,7 @@ def test_the_one_of_4000_threads_that_holds_a_lock_is_found(
 # ------------------------------------------- who waits for the children
 
 
+@pytest.mark.needs("release")
 def test_with_sigchld_ignored_a_child_is_killed(kill: Kill) -> None:
     def run() -> tuple[mrelease.Release, bool]:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -918,6 +932,7 @@ def test_with_sigchld_ignored_a_child_is_killed(kill: Kill) -> None:
         assert gone
 
 
+@pytest.mark.needs("release")
 def test_with_a_sigchld_handler_that_reaps_everything_children_are_killed(
     rounds: Callable[[int], int],
     kill: Kill,

@@ -94,6 +94,7 @@ def other(tmp_path: Path) -> Path:
 # ------------------------------------------ held in PTRACE_EVENT_EXIT
 
 
+@pytest.mark.needs("release")
 def test_anonymous_memory_of_a_held_victim_is_gone(
     meter: Meter, kill: Kill
 ) -> None:
@@ -112,6 +113,7 @@ def test_anonymous_memory_of_a_held_victim_is_gone(
         assert meter.usage() < 2 * MIB
 
 
+@pytest.mark.needs("release")
 def test_swapped_memory_of_a_held_victim_is_gone(
     meter: Meter, kill: Kill
 ) -> None:
@@ -133,6 +135,7 @@ def test_swapped_memory_of_a_held_victim_is_gone(
             assert meter.swap_usage() < MIB
 
 
+@pytest.mark.needs("release")
 def test_mlocked_memory_of_a_held_victim_is_gone(
     meter: Meter, kill: Kill
 ) -> None:
@@ -145,6 +148,7 @@ def test_mlocked_memory_of_a_held_victim_is_gone(
         assert meter.usage() < 2 * MIB
 
 
+@pytest.mark.needs("release")
 def test_memory_in_many_mappings_of_a_held_victim_is_gone(
     meter: Meter, kill: Kill
 ) -> None:
@@ -169,6 +173,7 @@ def transparent(victim: victims.Process) -> int:
 
 
 @pytest.mark.parametrize("thp", ["on", "off"])
+@pytest.mark.needs("release")
 def test_transparent_huge_pages_of_a_held_victim_are_gone(
     meter: Meter, kill: Kill, thp: str
 ) -> None:
@@ -185,6 +190,7 @@ def test_transparent_huge_pages_of_a_held_victim_are_gone(
         assert meter.usage() < 2 * MIB
 
 
+@pytest.mark.needs("release")
 def test_private_file_mappings_of_a_held_victim_are_gone(
     data: Path, other: Path, kill: Kill
 ) -> None:
@@ -206,6 +212,7 @@ def test_private_file_mappings_of_a_held_victim_are_gone(
         assert other.read_bytes() == b"y" * 6 * MIB
 
 
+@pytest.mark.needs("release")
 def test_a_private_memfd_of_a_held_victim_is_gone_from_it(kill: Kill) -> None:
     with victims.held(8, private_memfd=4) as victim:
         assert victim.rss_shmem() == 4 * MIB
@@ -215,6 +222,7 @@ def test_a_private_memfd_of_a_held_victim_is_gone_from_it(kill: Kill) -> None:
         assert victim.rss_shmem() == 0
 
 
+@pytest.mark.needs("release")
 def test_map_shared_of_a_held_victim_is_untouched(
     data: Path, meter: Meter, kill: Kill
 ) -> None:
@@ -232,6 +240,7 @@ def test_map_shared_of_a_held_victim_is_untouched(
         assert meter.usage() >= (4 + 2) * MIB
 
 
+@pytest.mark.needs("release")
 def test_not_a_page_of_private_memory_is_left(
     data: Path, other: Path, kill: Kill
 ) -> None:
@@ -250,6 +259,7 @@ def test_not_a_page_of_private_memory_is_left(
 
 
 @pytest.mark.needs("huge")
+@pytest.mark.needs("release")
 def test_huge_pages_of_a_held_victim_stay_until_its_end(kill: Kill) -> None:
     pages = victims.HugePages(4)
     try:
@@ -286,6 +296,7 @@ def frozen_threads() -> victims.Process:
     [d_state, threads, frozen, frozen_threads],
     ids=lambda f: f.__name__,
 )
+@pytest.mark.needs("release")
 def test_it_is_the_same_for_a_victim_in(
     make: Callable[[], victims.Process],
     kill: Kill,
@@ -309,6 +320,7 @@ def test_it_is_the_same_for_a_victim_in(
 
 
 @pytest.mark.needs("swapped", "in_d_state")
+@pytest.mark.needs("release")
 def test_swapped_memory_of_a_victim_in_d_state_is_gone(kill: Kill) -> None:
     victims.use_swap()
     with victims.in_d_state(32, swap=True) as victim:
@@ -321,6 +333,7 @@ def test_swapped_memory_of_a_victim_in_d_state_is_gone(kill: Kill) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.needs("release")
 def test_a_stopped_victim_ends_or_is_released(
     threads: int, meter: Meter, kill: Kill
 ) -> None:
@@ -376,6 +389,7 @@ def huge_pages(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.usefixtures("huge_pages")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.needs("release")
 def test_footprint_predicts_to_the_page_what_goes_and_what_stays(
     kind: Kind, data: Path, other: Path, kill: Kill
 ) -> None:
@@ -420,6 +434,7 @@ def test_footprint_predicts_to_the_page_what_goes_and_what_stays(
         assert predicted.file > after.file
 
 
+@pytest.mark.needs("release")
 def test_footprint_counts_what_the_victim_touched(data: Path) -> None:
     with (
         victims.asleep(0) as empty,
@@ -439,6 +454,7 @@ def test_footprint_counts_what_the_victim_touched(data: Path) -> None:
         assert abs(full.file - base.file - 4 * MIB) <= MIB
 
 
+@pytest.mark.needs("release")
 def test_what_stays_comes_back_at_the_end_of_the_victim(
     meter: Meter, kill: Kill
 ) -> None:

@@ -92,6 +92,7 @@ def test_sigterm_has_been_sent_when_kill_with_a_grace_returns(
         assert reaping.result(LONG).terminated is not None
 
 
+@pytest.mark.needs("release")
 def test_a_reaping_tells_when_it_is_done(reaper: Reaper) -> None:
     event = os.eventfd(0)
     with victims.stopped(4) as victim:
@@ -284,6 +285,7 @@ def test_a_victim_remembers_what_a_reaper_did(reaper: Reaper) -> None:
         process.wait()
 
 
+@pytest.mark.needs("release")
 def test_a_victim_may_be_closed_as_soon_as_kill_has_returned(
     reaper: Reaper,
 ) -> None:
@@ -467,6 +469,7 @@ def test_close_waits_for_what_is_under_way() -> None:
         assert native_threads() == {}
 
 
+@pytest.mark.needs("release")
 def test_close_with_a_timeout_cuts_graces_short() -> None:
     with victims.stopped(0) as one, victims.stopped(0) as two:
         reaper = Reaper()
@@ -567,6 +570,7 @@ def test_a_reaper_that_was_closed_or_never_made_does_not_warn() -> None:
         gc.collect()
 
 
+@pytest.mark.needs("release")
 def test_close_from_another_thread_while_kills_are_submitted(
     rounds: Callable[[int], int],
 ) -> None:
@@ -787,6 +791,7 @@ def test_without_a_free_fd_nothing_is_signalled_and_the_error_says_why() -> (
             check_untouched(process)
 
 
+@pytest.mark.needs("release")
 def test_a_reaping_of_a_busy_reaper_has_the_right_result(
     reaper: Reaper, rounds: Callable[[int], int]
 ) -> None:

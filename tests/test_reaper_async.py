@@ -82,6 +82,7 @@ class Heartbeat:
 # ------------------------------------------------------------------- asyncio
 
 
+@pytest.mark.needs("release")
 def test_a_reaping_can_be_awaited(reaper: Reaper) -> None:
     async def run() -> tuple[Release, int]:
         with victims.asleep(4) as victim:
@@ -113,6 +114,7 @@ def test_100_kills_are_awaited_on_one_loop_which_goes_on(
         print(f"\n100 awaits: loop away for at most {worst * 1e3:.1f} ms")
 
 
+@pytest.mark.needs("release")
 def test_a_loop_that_waits_for_100_is_never_blocked(reaper: Reaper) -> None:
     """They are done one after the other while the loop does other work."""
 
@@ -204,6 +206,7 @@ def test_a_cancelled_wait_leaves_nothing_behind_and_cancels_no_kill(
         assert pending.victim.wait() == -signal.SIGKILL
 
 
+@pytest.mark.needs("release")
 def test_a_wait_that_is_cancelled_as_it_ends_leaves_nothing_behind(
     reaper: Reaper, rounds: Callable[[int], int]
 ) -> None:
@@ -224,6 +227,7 @@ def test_a_wait_that_is_cancelled_as_it_ends_leaves_nothing_behind(
             assert asyncio.run(run(Pending(reaper, stack))) == 0
 
 
+@pytest.mark.needs("release")
 def test_wait_for_times_out_and_the_kill_goes_on(reaper: Reaper) -> None:
     async def run(pending: Pending) -> tuple[Release, int]:
         for _ in range(3):
@@ -257,6 +261,7 @@ def test_asyncio_takes_a_reaping_where_it_takes_an_awaitable(
         assert [result.pid for result in results] == pids
 
 
+@pytest.mark.needs("release")
 def test_two_loops_in_two_threads_await_one_reaping(reaper: Reaper) -> None:
     results: list[tuple[Release, int]] = []
 
@@ -282,6 +287,7 @@ def test_two_loops_in_two_threads_await_one_reaping(reaper: Reaper) -> None:
         assert [left for _, left in results] == [0, 0]
 
 
+@pytest.mark.needs("release")
 def test_a_loop_that_ends_before_the_kill_leaves_nothing_behind(
     reaper: Reaper,
 ) -> None:
@@ -312,6 +318,7 @@ def test_results_of_many_can_be_awaited_also_of_those_who_are_gone(
         assert results[1].freed
 
 
+@pytest.mark.needs("release")
 def test_a_forked_child_does_not_wait_for_ever(reaper: Reaper) -> None:
     with ExitStack() as stack:
         pending = Pending(reaper, stack)

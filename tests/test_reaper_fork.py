@@ -82,6 +82,7 @@ def test_in_a_forked_child_it_is_closed_and_says_why(reaper: Reaper) -> None:
         assert reaper.kill(victim.pid).result().freed
 
 
+@pytest.mark.needs("release")
 def test_results_that_were_there_stay_readable_in_a_forked_child(
     reaper: Reaper,
 ) -> None:
@@ -116,6 +117,7 @@ def test_results_that_were_there_stay_readable_in_a_forked_child(
     os.close(event)
 
 
+@pytest.mark.needs("release")
 def test_what_ends_in_the_parent_is_told_in_the_child_or_refused(
     reaper: Reaper,
 ) -> None:
@@ -225,6 +227,7 @@ def _import_and_see() -> None:
         sys.exit(7)
 
 
+@pytest.mark.needs("release")
 def test_forks_at_any_moment_while_others_kill(
     rounds: Callable[[int], int],
 ) -> None:
@@ -288,6 +291,7 @@ def check_answer(answer: object, made: list[victims.Process]) -> None:
         assert victim.wait() == -signal.SIGKILL
 
 
+@pytest.mark.needs("release")
 def test_a_reaper_in_a_subinterpreter() -> None:
     def run(pids: list[int]) -> tuple[object, int]:
         with Interpreter() as other:
@@ -301,6 +305,7 @@ def test_a_reaper_in_a_subinterpreter() -> None:
         assert left == 0
 
 
+@pytest.mark.needs("release")
 def test_each_interpreter_has_its_own_reaper_at_once() -> None:
     def run(pids: list[list[int]]) -> list[object]:
         answers: list[object] = [None] * len(pids)

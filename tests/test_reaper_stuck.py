@@ -94,6 +94,7 @@ class Seen(NamedTuple):
 
 
 @WHERE
+@pytest.mark.needs("release")
 def test_one_victim_that_is_stuck_holds_up_neither_others_nor_the_caller(
     where: str, answered: Answered
 ) -> None:
@@ -152,6 +153,7 @@ def test_one_victim_that_is_stuck_holds_up_neither_others_nor_the_caller(
 
 
 @WHERE
+@pytest.mark.needs("release")
 def test_when_all_threads_are_stuck_kills_and_results_are_still_on_time(
     where: str, answered: Answered
 ) -> None:
@@ -283,6 +285,7 @@ def test_close_returns_though_nobody_is_left_for_the_queue(
         assert took < 4
 
 
+@pytest.mark.needs("release")
 def test_kill_many_sends_all_though_the_biggest_is_stuck(
     answered: Answered,
 ) -> None:
@@ -374,6 +377,7 @@ reaper.kill({other.pid}, grace=600)
         assert other.wait() == -signal.SIGKILL
 
 
+@pytest.mark.needs("release")
 def test_a_kill_whose_thread_comes_back_late_is_told_as_it_was(
     answered: Answered,
 ) -> None:
@@ -478,6 +482,7 @@ def test_python_goes_on_while_the_threads_are_stuck(
         assert steps > 20
 
 
+@pytest.mark.needs("release")
 def test_without_a_filter_nobody_is_stuck() -> None:
     """What makes the tests above mean something."""
     with victims.held(4) as victim, Reaper(threads=1, spares=0) as reaper:

@@ -107,6 +107,7 @@ def test_by_default_there_is_a_thread_for_each_cpu_and_8_spares() -> None:
         assert len(native_threads()) == 1 + 8 + WATCHER
 
 
+@pytest.mark.needs("release")
 def test_no_kill_makes_a_thread(rounds: Callable[[int], int]) -> None:
     with Reaper(threads=2, spares=2) as reaper:
         made = native_threads()
@@ -367,6 +368,7 @@ def test_by_default_the_cpus_are_the_caller_s() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.needs("release")
 def test_on_one_cpu_all_of_it_works(threads: int) -> None:
     cpu = min(os.sched_getaffinity(0))
 
@@ -391,6 +393,7 @@ def test_on_one_cpu_all_of_it_works(threads: int) -> None:
 
 
 @pytest.mark.needs("root")
+@pytest.mark.needs("release")
 def test_on_one_cpu_all_are_killed_before_one_is_released() -> None:
     cpu = min(os.sched_getaffinity(0))
 
@@ -416,6 +419,7 @@ def test_on_one_cpu_all_are_killed_before_one_is_released() -> None:
 
 
 @pytest.mark.needs("root")
+@pytest.mark.needs("release")
 def test_the_starved_of_a_batch_are_raised_once_all_are_released() -> None:
     with ExitStack() as stack:
         made = [
@@ -537,6 +541,7 @@ def test_where_there_are_no_fds_it_says_so_and_leaves_nothing(
 # ----------------------------------------------------- from many threads
 
 
+@pytest.mark.needs("release")
 def test_8_threads_kill_with_one_reaper(rounds: Callable[[int], int]) -> None:
     for turn in range(rounds(20)):
         with ExitStack() as stack:
@@ -578,6 +583,7 @@ def test_8_threads_kill_with_one_reaper(rounds: Callable[[int], int]) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.needs("release")
 def test_the_same_victim_is_killed_many_times_at_once(threads: int) -> None:
     with victims.held(16, threads=threads) as victim, Reaper() as reaper:
         reapings = [reaper.kill(victim.pid) for _ in range(20)]

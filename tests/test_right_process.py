@@ -453,6 +453,7 @@ def _reuse_and_kill() -> list[bool]:
 
 
 @pytest.mark.needs("root")
+@pytest.mark.needs("release")
 def test_the_reused_pid_itself_can_be_killed() -> None:
     """So what is refused above is refused for its identity alone."""
     assert in_pid_namespace(_reuse_and_kill) == [True, True, True]
@@ -462,6 +463,7 @@ def test_the_reused_pid_itself_can_be_killed() -> None:
 
 
 @pytest.mark.needs("root")
+@pytest.mark.needs("release")
 def test_pid_1_of_a_child_pid_namespace_can_be_killed(kill: Kill) -> None:
     read, write = os.pipe()
     with contextlib.ExitStack() as stack:
@@ -782,6 +784,7 @@ def _named_tuple(pid: int) -> object:
 )
 @pytest.mark.usefixtures("bystander")
 @pytest.mark.parametrize("way", ["kill", "Victim"])
+@pytest.mark.needs("release")
 def test_what_stands_for_a_process_is_accepted(
     way: str, made: Callable[[int], Any], kill: Kill
 ) -> None:
@@ -812,6 +815,7 @@ def _psutil_popen() -> psutil.Popen:
 
 @pytest.mark.parametrize("made", [_popen, _psutil_popen])
 @pytest.mark.parametrize("grace", [0.0, 10.0])
+@pytest.mark.needs("release")
 def test_a_popen_is_accepted(
     made: Callable[[], Any], grace: float, kill: Kill
 ) -> None:
@@ -826,6 +830,7 @@ def test_a_popen_is_accepted(
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.needs("release")
 def test_a_multiprocessing_process_is_accepted(
     method: str, kill: Kill
 ) -> None:
@@ -841,6 +846,7 @@ def test_a_multiprocessing_process_is_accepted(
     process.close()
 
 
+@pytest.mark.needs("release")
 def test_an_asyncio_process_is_accepted(kill: Kill) -> None:
     async def run() -> tuple[mrelease.Release, int]:
         process = await asyncio.create_subprocess_exec(
@@ -862,6 +868,7 @@ def test_an_asyncio_process_is_accepted(kill: Kill) -> None:
     assert code == -signal.SIGKILL
 
 
+@pytest.mark.needs("release")
 def test_a_victim_is_accepted_by_kill(kill: Kill) -> None:
     with victims.asleep(4) as process, Victim(process.pid) as victim:
         release = kill(victim, timeout=10.0)
@@ -872,6 +879,7 @@ def test_a_victim_is_accepted_by_kill(kill: Kill) -> None:
 # ----------------------------------------------------------- from_pidfd
 
 
+@pytest.mark.needs("release")
 def test_from_pidfd_duplicates_the_pidfd_and_leaves_it_open() -> None:
     with victims.asleep(4) as process:
         given = os.pidfd_open(process.pid)
@@ -1170,6 +1178,7 @@ def test_close_against_many_kills_and_looks_hits_no_reused_number(
 # ----------------------------------------------- what a kill imports
 
 
+@pytest.mark.needs("release")
 def test_no_psutil_is_imported_by_a_kill() -> None:
     """psutil's objects are known without psutil's help."""
     code = """

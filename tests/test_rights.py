@@ -63,6 +63,7 @@ def _kill_own_child(kill: Kill, threads: int) -> mrelease.Release:
 @needs_root
 @pytest.mark.needs("held_64_threads")
 @pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.needs("release")
 def test_an_unprivileged_user_s_own_child_works_fully(
     threads: int, unprivileged: Unprivileged, kill: Kill
 ) -> None:
@@ -78,6 +79,7 @@ def test_an_unprivileged_user_s_own_child_works_fully(
 
 
 @needs_root
+@pytest.mark.needs("release")
 def test_an_unprivileged_user_s_own_child_is_back_at_its_end(
     unprivileged: Unprivileged,
     kill: Kill,
@@ -128,6 +130,7 @@ def test_an_unprivileged_user_s_locks_are_checked(
 @pytest.mark.parametrize("user", [0, OTHER])
 @pytest.mark.parametrize("grace", [0.0, 0.2])
 @pytest.mark.parametrize("way", ["kill", "kill of a Victim"])
+@pytest.mark.needs("release")
 def test_another_user_s_process_is_permission_error_and_nothing_happens(
     way: str, user: int, grace: float, unprivileged: Unprivileged, kill: Kill
 ) -> None:
@@ -154,6 +157,7 @@ def test_another_user_s_process_is_permission_error_and_nothing_happens(
 
 
 @needs_root
+@pytest.mark.needs("release")
 def test_another_user_s_live_process_is_not_released(
     unprivileged: Unprivileged,
 ) -> None:
@@ -229,6 +233,7 @@ _UNTRACEABLE = pytest.mark.parametrize(
 @needs_root
 @pytest.mark.needs("held")
 @_UNTRACEABLE
+@pytest.mark.needs("release")
 def test_without_ptrace_rights_the_lock_check_says_it_could_not_look(
     become: Callable[[], None], unprivileged: Unprivileged, kill: Kill
 ) -> None:
@@ -247,6 +252,7 @@ def test_without_ptrace_rights_the_lock_check_says_it_could_not_look(
 @needs_root
 @pytest.mark.needs("held")
 @_UNTRACEABLE
+@pytest.mark.needs("release")
 def test_with_ptrace_rights_the_same_victims_are_looked_at(
     become: Callable[[], None],
     kill: Kill,
@@ -346,6 +352,7 @@ def test_what_is_real_time_already_is_left_so(kill: Kill) -> None:
 
 @needs_nice
 @pytest.mark.needs("starved")
+@pytest.mark.needs("release")
 def test_all_threads_of_a_starved_victim_are_raised(kill: Kill) -> None:
     with victims.starved(4, threads=8) as victim:
         victims.hold(victim)
@@ -385,6 +392,7 @@ def test_the_caller_s_own_scheduling_is_untouched(kill: Kill) -> None:
 
 @needs_nice
 @pytest.mark.needs("starved")
+@pytest.mark.needs("release")
 def test_shared_memory_of_a_starved_victim_is_back_in_bounded_time(
     kill: Kill,
 ) -> None:
@@ -404,6 +412,7 @@ def test_shared_memory_of_a_starved_victim_is_back_in_bounded_time(
 # --------------------------------------------- raising: who is not raised
 
 
+@pytest.mark.needs("release")
 def test_a_live_process_is_never_raised() -> None:
     with (
         victims.asleep(4, threads=8, idle=True) as victim,
@@ -419,6 +428,7 @@ def test_a_live_process_is_never_raised() -> None:
         assert [os.sched_getaffinity(tid) for tid in victim.tids()] == cpus
 
 
+@pytest.mark.needs("release")
 def test_a_live_process_with_stopped_threads_is_never_raised() -> None:
     with victims.stopped(4, idle=True) as victim, Victim(victim.pid) as pin:
         before = scheduling(victim)
@@ -480,6 +490,7 @@ def test_a_process_in_its_grace_is_not_raised(kill: Kill) -> None:
 
 @needs_root
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_without_cap_sys_nice_it_is_not_raised_and_killed_all_the_same(
     unprivileged: Unprivileged,
     kill: Kill,
@@ -521,6 +532,7 @@ def _raise_limit(limit: int, value: int) -> None:
 @needs_root
 @pytest.mark.needs("held")
 @pytest.mark.parametrize(("limit", "nice"), [(40, -20), (30, -10), (20, 0)])
+@pytest.mark.needs("release")
 def test_with_rlimit_nice_it_is_raised_by_nice(
     limit: int, nice: int, kill: Kill
 ) -> None:
@@ -580,6 +592,7 @@ def test_where_real_time_is_forbidden_it_gets_the_best_nice(
 @pytest.mark.parametrize(
     "call", ["sched_setattr", "sched_setaffinity", "getdents64"]
 )
+@pytest.mark.needs("release")
 def test_a_victim_that_can_not_be_raised_is_killed_and_released(
     call: str, answered: Answered, kill: Kill
 ) -> None:
@@ -618,6 +631,7 @@ def test_the_raise_comes_after_the_signal(
 
 @needs_nice
 @pytest.mark.needs("held", "seccomp")
+@pytest.mark.needs("release")
 def test_kill_first_raises_a_victim_that_is_behind_the_caller(
     answered: Answered,
 ) -> None:

@@ -172,6 +172,7 @@ def test_the_line_says_why_the_release_was_withheld(
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_the_waiter_hangs_if_locks_are_ignored(
     tmp_path: Path, kill: Kill
 ) -> None:
@@ -283,6 +284,7 @@ def test_a_priority_inheriting_lock_is_found(
 
 
 @pytest.mark.needs("held_64_threads")
+@pytest.mark.needs("release")
 def test_64_threads_without_a_lock_are_released(kill: Kill) -> None:
     with victims.held(4, threads=64) as victim:
         release = kill(victim.pid)
@@ -385,6 +387,7 @@ def tracer_of(pid: int) -> Iterator[None]:
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_who_uses_robust_locks_and_holds_none_is_released(
     tmp_path: Path,
     kill: Kill,
@@ -499,6 +502,7 @@ def test_the_locks_of_a_32_bit_victim_are_unknown(
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
 @pytest.mark.parametrize("call", ["get_robust_list", "process_vm_readv"])
 @pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.needs("release")
 def test_a_refused_look_is_unknown_and_the_victim_released(
     call: str, number: int, threads: int, answered: Answered, kill: Kill
 ) -> None:
@@ -518,6 +522,7 @@ def refused_for(tid: int) -> kernel_errors.Rule:
 
 
 @pytest.mark.needs("held", "seccomp")
+@pytest.mark.needs("release")
 def test_a_look_that_is_refused_for_one_thread_is_unknown(
     answered: Answered,
     kill: Kill,
@@ -629,6 +634,7 @@ def test_release_of_a_dying_holder_is_withheld(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_release_of_a_dying_holder_is_not_withheld_if_locks_are_ignored(
     tmp_path: Path,
 ) -> None:
@@ -642,6 +648,7 @@ def test_release_of_a_dying_holder_is_not_withheld_if_locks_are_ignored(
         assert holder.rss_anon() == 0
 
 
+@pytest.mark.needs("release")
 def test_release_of_a_live_holder_leaves_it_alone(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with (

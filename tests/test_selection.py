@@ -367,6 +367,7 @@ def test_a_reaper_that_is_given_is_used_and_stays_open() -> None:
         assert not reaper.closed
 
 
+@pytest.mark.needs("release")
 def test_what_may_not_be_signalled_is_denied_the_rest_is_killed(
     unprivileged: Unprivileged,
 ) -> None:
@@ -618,6 +619,7 @@ def test_no_such_group() -> None:
         kill_group(2**22 + 1)
 
 
+@pytest.mark.needs("release")
 def test_denied_in_a_group(unprivileged: Unprivileged) -> None:
     script = """
 child() or (os.setresuid(65534, 65534, 65534), say("nobody"), rest())

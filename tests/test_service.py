@@ -29,7 +29,6 @@ import victims
 from cgroups import Unavailable
 from mrelease import Outcome, Reaper
 from test_limits import own_mounts
-from test_without_the_call import _has_the_call
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,7 +130,7 @@ LOST = {
 def check(found: Mapping[str, bool], without: str | None, *never: str) -> None:
     """Only that is lost, and what cannot be had here."""
     lost = set(never) if without is None else LOST[without] | set(never)
-    if not _has_the_call():
+    if not kernel_errors.has_the_call():
         lost.add("released")
     assert {name for name, there in found.items() if not there} == lost
 

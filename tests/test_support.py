@@ -47,6 +47,7 @@ def described(feature: Feature) -> bool:
 # ------------------------------------------------------------------ here
 
 
+@pytest.mark.needs("release")
 def test_here_a_kill_can_be_followed_by_a_release() -> None:
     found = support(probe=True)
     assert found.release == Feature("release", True, "it works")
@@ -121,6 +122,7 @@ def test_what_it_says_of_others_and_locks_is_true(
     assert bool(support().locks.works) is (locks == "free")
 
 
+@pytest.mark.needs("release")
 def test_as_dict_is_ready_for_json() -> None:
     told = support(probe=True).as_dict()
     assert json.loads(json.dumps(told)) == told
@@ -191,6 +193,7 @@ def test_without_probe_a_filter_is_not_tried_and_the_caller_lives(
         (errno.EACCES, "it fails with EACCES"),
     ],
 )
+@pytest.mark.needs("release")
 def test_probe_tells_which_call_is_refused_and_how(
     answered: Answered, call: str, feature: str, code: int, why: str
 ) -> None:
@@ -243,6 +246,7 @@ def test_probe_tells_a_kill_policy_and_kills_nobody_else(
 
 
 @pytest.mark.parametrize("rule", [KILL, None])
+@pytest.mark.needs("release")
 def test_probe_leaves_no_child_no_file_and_no_sigchld(
     answered: Answered, rule: Do | None
 ) -> None:
@@ -317,6 +321,7 @@ def without_proc() -> tuple[Support, Support]:
 
 
 @pytest.mark.needs("root")
+@pytest.mark.needs("release")
 def test_without_proc_it_says_so_and_tells_the_rest_by_probing() -> None:
     plain, probed = in_child(without_proc)
     for found in (plain, probed):
@@ -339,6 +344,7 @@ def test_without_proc_it_says_so_and_tells_the_rest_by_probing() -> None:
 # ----------------------------------------------------------------- rights
 
 
+@pytest.mark.needs("release")
 def test_without_privileges_it_says_what_to_grant(
     unprivileged: Unprivileged,
 ) -> None:

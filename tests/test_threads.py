@@ -73,6 +73,7 @@ def count_while_blocked(call: Callable[[], object], out: int) -> str:
 
 @pytest.mark.needs("seccomp", "held")
 @pytest.mark.parametrize("way", ["process_mrelease", "kill", "release"])
+@pytest.mark.needs("release")
 def test_another_thread_makes_progress_while_the_call_blocks(way: str) -> None:
     rules = {"process_mrelease": [kernel_errors.BLOCK]}
     read_end, write_end = os.pipe()
@@ -133,6 +134,7 @@ def unblock(
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_a_stuck_call_does_not_stop_another_threads_kill() -> None:
     rules = {
         "process_mrelease": [kernel_errors.BLOCK, kernel_errors.ALLOW],
@@ -203,6 +205,7 @@ def at_once(
     return results
 
 
+@pytest.mark.needs("release")
 def test_8_threads_kill_8_victims_at_once(
     rounds: Callable[[int], int],
     kill: Kill,
@@ -228,6 +231,7 @@ def test_8_threads_kill_8_victims_at_once(
 
 
 @pytest.mark.parametrize("given", ["pid", "one Victim", "own Victims"])
+@pytest.mark.needs("release")
 def test_8_threads_kill_the_same_victim_at_once(
     given: str, rounds: Callable[[int], int], kill: Kill
 ) -> None:
@@ -265,6 +269,7 @@ def test_8_threads_kill_the_same_victim_at_once(
 
 
 @pytest.mark.needs("held")
+@pytest.mark.needs("release")
 def test_8_threads_release_the_same_held_victim_at_once() -> None:
     with victims.held(64, killed=True) as victim:
         results = at_once(8, lambda _: mrelease.process_mrelease(victim.pidfd))
@@ -279,6 +284,7 @@ def pause(seconds: float) -> None:
         pass
 
 
+@pytest.mark.needs("release")
 def test_a_victim_is_closed_while_8_threads_use_it(
     rounds: Callable[[int], int],
 ) -> None:
@@ -356,6 +362,7 @@ def test_a_victim_is_closed_while_8_threads_use_it(
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_close_during_a_kill_takes_effect_after_it() -> None:
     rules = {"process_mrelease": [kernel_errors.BLOCK]}
     with (
@@ -405,6 +412,7 @@ def test_close_during_a_kill_takes_effect_after_it() -> None:
 
 
 @pytest.mark.needs("seccomp")
+@pytest.mark.needs("release")
 def test_fork_in_another_thread_during_a_kill() -> None:
     """The child has the Victim, without the thread that was using it.
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from errno import EBADF, ENOSYS
+from errno import ENOSYS
 from typing import Any
 
 import pytest
@@ -26,22 +26,13 @@ NEARLY_16_MIB = victims.nearly(16 * MIB)
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def _has_the_call() -> bool:
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    number = kernel_errors.number("process_mrelease")
-    libc.syscall(number, -1, 0)
-    return ctypes.get_errno() == EBADF
-
-
 @pytest.fixture
 def python() -> Python:
     """Run Python where there is no such call."""
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-X", "dev", "-W", "error", *args]
-        if not _has_the_call():
+        if not kernel_errors.has_the_call():
             return subprocess.run(argv, capture_output=True, text=True)
         if (reason := kernel_errors.why_not()) is not None:
             pytest.skip(reason)
