@@ -6,22 +6,21 @@ PYTHON ?= python3
 ARGS ?=
 
 # What `make wheels` tests on; it builds on the first two.  Repeated tests have
-# fewer rounds there, and on 3.11 it is only some: `make test` has them all, on
-# the same version.
+# fewer rounds there, each has one of its sets of parameters, and on 3.11 it is
+# only some: `make test` has them all, on the same version.
 WHEEL_PYTHONS := 3.11 3.12 3.13
 WHEEL_ENVS := $(WHEEL_PYTHONS:%=build/python-%)
 WHEEL_SOME := $(addprefix tests/test_,command.py import.py kernel_results.py \
     reaper.py values.py)
-# The wheel of 3.12 is that of 3.13, which has all tests: not twice the longest.
-WHEEL_NOT := $(patsubst %,--ignore=tests/test_%.py,bench demo faults \
-    freed_truth fuzz no_leaks storm)
 
 # What `make vm` boots, by Debian suite: Linux 5.10, which has no such call,
-# 6.1, 6.12, and the newest; as whom; and of which tests, of which each runs with
-# one of its sets of parameters: another one in each machine.
+# 6.1, 6.12, and the newest; as whom; and which tests: each runs with one of its
+# sets of parameters, another one in each machine, but for those that take minutes
+# also where nothing is emulated, or that test no kernel.
 VM_KERNELS := bullseye bookworm trixie sid trixie/aarch64
 VM_USERS := root nobody
-VM_TESTS := --one-of-each {machine}
+VM_TESTS := --one-of-each {machine} $(patsubst %,--ignore=tests/test_%.py, \
+    bench demo faults figures freed_truth fuzz no_leaks promises storm)
 
 # For `make free-threaded`: many threads, native or Python's, use the C code at
 # the same time; for `make asan`, its errors too.
@@ -212,8 +211,8 @@ wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
 	        --no-deps --find-links dist mrelease || exit 1; \
 	    (cd build/sdist && ../python-$$v/bin/python -X dev -m pytest \
 	        -W error --quick $(ARGS) \
-	        $$(test $$v = 3.11 && echo $(WHEEL_SOME)) \
-        $$(test $$v = 3.12 && echo $(WHEEL_NOT))) || exit 1; \
+	        $$(test $$v = 3.11 && echo $(WHEEL_SOME) || \
+	            echo --one-of-each $$v)) || exit 1; \
 	done
 
 bench-overhead: $(VENV)/built $(VENV)/group-bench ## what a call costs
