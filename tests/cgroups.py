@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Self
 
 from mrelease.holds import (
     PREFIX,
@@ -26,11 +27,13 @@ from mrelease.holds import (
 
 __all__ = [
     "Freezer",
+    "Gauge",
     "Group",
     "Guard",
     "Meter",
     "Quota",
     "Unavailable",
+    "allowance",
     "guards",
     "left_behind",
     "mounted",
@@ -90,6 +93,53 @@ class Meter(Group):
                 return None
             time.sleep(0.0002)
         return time.monotonic() - begin
+
+
+class Gauge(Meter):
+    """The meter, swap included, at the cost of a system call or two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        memory, swap = (
+            # The second is of memory and swap together.
+            ("memory.usage_in_bytes", "memory.memsw.usage_in_bytes")
+            if self.version == 1
+            else ("memory.current", "memory.swap.current")
+        )
+        self.with_swap = (self.path / swap).exists()
+        names = [memory]
+        if self.with_swap:
+            names = [swap] if self.version == 1 else [memory, swap]
+        self._fds = [
+            os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+            for name in names
+        ]
+
+    def usage(self) -> int:
+        return sum(int(os.pread(fd, 32, 0)) for fd in self._fds)
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+        super().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+
+def allowance(threads: int, private: int) -> int:
+    """Bytes that may be charged though the victim's memory is back."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    # A CPU where it ran keeps up to 64 pages charged ahead
+    # (MEMCG_CHARGE_BATCH) and up to 31 freed ones in a batch that is on
+    # its way to an LRU list (PAGEVEC_SIZE).
+    per_cpu = min(os.cpu_count() or 1, threads + 3) * (64 + 31) * page
+    # A thread that has not ended: 16 KiB of stack and its task_struct, its
+    # files and signals; one that has: until RCU has freed them.
+    kernel = threads * 32 * 1024
+    # The lowest level takes 8 bytes a page, the others next to nothing.
+    tables = private // page * 8 + 32 * page
+    return per_cpu + kernel + tables
 
 
 def left_behind() -> list[str]:

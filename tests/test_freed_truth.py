@@ -38,7 +38,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from errno import EAGAIN, ENOSYS, EPERM
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import pytest
 
@@ -46,60 +46,13 @@ import cgroups
 import kernel_errors
 import mrelease
 import victims
+from cgroups import Gauge, allowance
 from kill_ways import Kill, by_reaper, kept
 from mrelease import Outcome, Release
 
 MIB = 1 << 20
-CPUS = os.cpu_count() or 1
 SIZES = (8, 16, 10, 24, 8, 12, 64, 9)  # MiB
 LARGEST_BASE = MIB
-
-
-def allowance(threads: int, private: int) -> int:
-    """Bytes that may be charged though the victim's memory is back."""
-    page = victims.PAGE
-    # A CPU where it ran keeps up to 64 pages charged ahead
-    # (MEMCG_CHARGE_BATCH) and up to 31 freed ones in a batch that is on
-    # its way to an LRU list (PAGEVEC_SIZE).
-    per_cpu = min(CPUS, threads + 3) * (64 + 31) * page
-    # A thread that has not ended: 16 KiB of stack and its task_struct, its
-    # files and signals; one that has: until RCU has freed them.
-    kernel = threads * 32 * 1024
-    # The lowest level takes 8 bytes a page, the others next to nothing.
-    tables = private // page * 8 + 32 * page
-    return per_cpu + kernel + tables
-
-
-class Gauge(cgroups.Meter):
-    """The meter, swap included, at the cost of a system call or two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        memory, swap = (
-            # The second is of memory and swap together.
-            ("memory.usage_in_bytes", "memory.memsw.usage_in_bytes")
-            if self.version == 1
-            else ("memory.current", "memory.swap.current")
-        )
-        self.with_swap = (self.path / swap).exists()
-        names = [memory]
-        if self.with_swap:
-            names = [swap] if self.version == 1 else [memory, swap]
-        self._fds = [
-            os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
-            for name in names
-        ]
-
-    def usage(self) -> int:
-        return sum(int(os.pread(fd, 32, 0)) for fd in self._fds)
-
-    def close(self) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
-        super().close()
-
-    def __enter__(self) -> Self:
-        return self
 
 
 class Reading(NamedTuple):
