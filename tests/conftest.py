@@ -190,14 +190,6 @@ _MARK = f"MRELEASE_TEST_RUN={os.getpid()}"
 """In the environment of all that is started, and in that of its children."""
 
 
-def _children(of: int | str = "self") -> set[int]:
-    found: set[int] = set()
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{of}/task").iterdir():
-            found |= {int(p) for p in (task / "children").read_text().split()}
-    return found
-
-
 def _orphans() -> set[int]:
     """Processes of this run whose parents have ended.
 
@@ -210,7 +202,7 @@ def _orphans() -> set[int]:
             pid = int(victims.status_of(pid)["PPid"])
         except ProcessLookupError:
             break
-        for child in _children(pid) if pid else ():
+        for child in victims.children(pid) if pid else ():
             with contextlib.suppress(OSError):
                 environ = Path(f"/proc/{child}/environ").read_bytes()
                 if _MARK.encode() in environ.split(b"\0"):
@@ -247,7 +239,7 @@ def _end_orphans(before: set[int]) -> list[str]:
 
 
 def _strangers(before: set[int]) -> set[int]:
-    left = _children() - before - cgroups.guards()
+    left = victims.children() - before - cgroups.guards()
     for pid in set(left):
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{pid}/cmdline").read_text()
@@ -259,7 +251,7 @@ def _strangers(before: set[int]) -> set[int]:
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
     """At the end: no child, mount, control group or swap of ours."""
-    before = _children()
+    before = victims.children()
     yield
     victims.close_all()
     left = [f"child {_describe(pid)}" for pid in _strangers(before)]
@@ -272,7 +264,7 @@ def _nothing_left_behind() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_child_left(_nothing_left_behind: None) -> Iterator[None]:
     """After each test: no child that it started, dead or alive; no orphan."""
-    before, orphans = _children(), _orphans()
+    before, orphans = victims.children(), _orphans()
     yield
     left = [_describe(pid) for pid in _strangers(before)]
     if _orphans() - orphans:

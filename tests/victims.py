@@ -166,6 +166,15 @@ def status_of(pid: int) -> dict[str, str]:
     }
 
 
+def children(of: int | str = "self") -> set[int]:
+    """The pids of a process' children, dead ones included."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{of}/task").iterdir():
+            found |= {int(p) for p in (task / "children").read_text().split()}
+    return found
+
+
 class Process(Closing):
     """A running victim, a child of this process."""
 
