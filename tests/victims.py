@@ -92,6 +92,9 @@ class Options(TypedDict, total=False):
     robust_wait: str | os.PathLike[str]
     robust_churn: str | os.PathLike[str]
     fsync_loop: str | os.PathLike[str]
+    grow: int  # from when a thread reads a byte of start: each needs one
+    start: str | os.PathLike[str]  # a FIFO
+    progress: str | os.PathLike[str]  # a file: struct progress of victim.c
     core: bool  # may dump core
     trace: int  # be the tracer of this pid: see held()
 

@@ -45,6 +45,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>        /* SYS_exit */
 #include <sys/wait.h>
+#include <time.h>               /* clock_gettime */
 #include <unistd.h>
 
 #ifndef MADV_PAGEOUT
@@ -57,6 +58,7 @@
 #define MIB ((size_t)1 << 20)
 #define HUGE ((size_t)2 << 20)  /* of x86-64, and arm64 with 4 KiB pages */
 #define THREAD_STACK ((size_t)64 << 10)
+#define GROW_STEP ((size_t)256 << 10)
 #define LOCK_READY 0x6d72656cu
 
 /* What lies in the file of a robust lock. */
@@ -65,8 +67,18 @@ struct shared_lock {
     pthread_mutex_t mutex;
 };
 
+/* What lies in the file of --progress: how --grow gets on.  Bytes, and times
+   of CLOCK_MONOTONIC in nanoseconds. */
+struct progress {
+    _Atomic uint64_t touched;
+    _Atomic uint64_t began;     /* the first thread was let go */
+    _Atomic uint64_t ended;     /* the last one has touched all */
+    _Atomic uint64_t longest;   /* that GROW_STEP took */
+};
+
 static struct {
-    size_t anon, shared_anon, private_memfd, shared_memfd, hugetlb;
+    size_t anon, shared_anon, private_memfd, shared_memfd, hugetlb, grow;
+    const char *start, *progress;
     const char *file, *dirty_file, *shared_file;
     const char *robust, *robust_wait, *robust_churn;
     const char *fsync_loop;
@@ -344,6 +356,86 @@ make_memory(void)
     }
 }
 
+/* -------------------------------------------------------------- growing */
+
+static struct {
+    unsigned char *memory;
+    struct progress *progress;
+    int start;
+    _Atomic size_t next;
+    atomic_ulong done;          /* threads */
+} growth;
+
+static uint64_t
+now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* All that growing needs but the pages themselves. */
+static void
+prepare_to_grow(void)
+{
+    if (want.start == NULL || want.progress == NULL) {
+        errno = EINVAL;
+        die("--grow without --start and --progress");
+    }
+    /* Opened for both, a FIFO does not make us wait for the other end. */
+    growth.start = open(want.start, O_RDWR | O_CLOEXEC);
+    if (growth.start < 0) {
+        die(want.start);
+    }
+    int fd = open(want.progress, O_RDWR | O_CLOEXEC);
+    if (fd < 0) {
+        die(want.progress);
+    }
+    growth.progress =
+        (void *)map(sizeof(*growth.progress), PROT_READ | PROT_WRITE,
+                    MAP_SHARED, fd, want.progress);
+    close(fd);
+    /* Touched, so that there is no fault of its page later. */
+    atomic_store(&growth.progress->touched, 0);
+    growth.memory =
+        map(want.grow, PROT_READ | PROT_WRITE,
+            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, "--grow");
+}
+
+/* In each thread: waits for a byte of --start, then touches what no other
+   thread has, as fast as it can. */
+static void
+grow(void)
+{
+    struct progress *p = growth.progress;
+    char byte;
+    while (read(growth.start, &byte, 1) != 1) {
+        if (errno != EINTR) {
+            die(want.start);
+        }
+    }
+    uint64_t before = now(), none = 0;
+    atomic_compare_exchange_strong(&p->began, &none, before);
+    for (;;) {
+        size_t at = atomic_fetch_add(&growth.next, GROW_STEP);
+        if (at >= want.grow) {
+            break;
+        }
+        write_touch(growth.memory + at, GROW_STEP, page);
+        atomic_fetch_add(&p->touched, GROW_STEP);
+        uint64_t after = now(), took = after - before;
+        uint64_t longest = atomic_load(&p->longest);
+        while (took > longest &&
+               !atomic_compare_exchange_weak(&p->longest, &longest, took))
+        {
+        }
+        before = after;
+    }
+    if (atomic_fetch_add(&growth.done, 1) + 1 == want.threads) {
+        atomic_store(&p->ended, now());
+    }
+}
+
 /* -------------------------------------------------------- robust locks */
 
 static struct shared_lock *
@@ -447,6 +539,9 @@ thread(void *arg)
         take(arg);
     }
     atomic_fetch_add(&running, 1);
+    if (want.grow > 0) {
+        grow();
+    }
     rest();
 }
 
@@ -648,6 +743,9 @@ enum {
     ROBUST_WAIT,
     ROBUST_CHURN,
     FSYNC_LOOP,
+    GROW,
+    START,
+    PROGRESS,
     TRACE
 };
 
@@ -678,6 +776,9 @@ static const struct option options[] = {
     {"fsync-loop", required_argument, NULL, FSYNC_LOOP},
     {"core", no_argument, &want.core, 1},
     {"core-handler", no_argument, &want.core_handler, 1},
+    {"grow", required_argument, NULL, GROW},
+    {"start", required_argument, NULL, START},
+    {"progress", required_argument, NULL, PROGRESS},
     {"trace", required_argument, NULL, TRACE},
     {NULL, 0, NULL, 0},
 };
@@ -751,6 +852,15 @@ read_options(int argc, char **argv)
         case FSYNC_LOOP:
             want.fsync_loop = optarg;
             break;
+        case GROW:
+            want.grow = number(optarg) * MIB;
+            break;
+        case START:
+            want.start = optarg;
+            break;
+        case PROGRESS:
+            want.progress = optarg;
+            break;
         case TRACE:
             want.trace = (long)number(optarg);
             break;
@@ -812,6 +922,9 @@ main(int argc, char **argv)
             take(lock);
         }
     }
+    if (want.grow > 0) {
+        prepare_to_grow();
+    }
     make_threads(want.robust_in_thread ? lock : NULL);
     if (want.sharer) {
         make_sharer();
@@ -831,6 +944,9 @@ main(int argc, char **argv)
         }
     }
     say_ready();
+    if (want.grow > 0) {
+        grow();
+    }
     if (want.zombie_leader) {
         /* This thread only: exit() and _exit() would end all. */
         syscall(SYS_exit, 0);
