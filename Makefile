@@ -44,8 +44,8 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
     -Wstrict-prototypes -Werror
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test storm lint format types analyze wheels vm clean \
-    native fuzz asan coverage free-threaded promises \
+.PHONY: help demo test storm pressure lint format types analyze wheels \
+    vm clean     native fuzz asan coverage free-threaded promises \
     figures bench-overhead bench-late bench-back bench-latency bench-many \
     bench-growth bench-peers
 .DELETE_ON_ERROR:
@@ -66,6 +66,9 @@ test: $(VENV)/built $(VENV)/group-test ## run the tests; ARGS=... for pytest
 
 storm: $(VENV)/built ## 10,000 victims in 10 minutes; ARGS="--minutes 1 --seed 7"
 	@$(PY) tests/storm.py $(ARGS)
+
+pressure: $(VENV)/built ## kill when memory is nearly gone, in QEMU machines
+	@$(PY) tests/pressure.py $(ARGS)
 
 lint: $(VENV)/group-lint ## check the form of Python and C
 	@echo "== ruff, clang-format"
