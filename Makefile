@@ -20,14 +20,14 @@ WHEEL_SOME := $(addprefix tests/test_,command.py import.py kernel_results.py \
 VM_KERNELS := bullseye bookworm trixie sid trixie/aarch64
 VM_USERS := root nobody
 VM_TESTS := --one-of-each {machine} $(patsubst %,--ignore=tests/test_%.py, \
-    bench demo faults figures freed_truth fuzz no_leaks promises storm)
+    bench demo faults figures freed_truth fuzz no_leaks promises soak)
 
 # For `make free-threaded`: many threads, native or Python's, use the C code at
 # the same time; for `make asan`, its errors too.
-# Not the storm with ASan, which keeps what was freed: it looks like a leak.
+# Not the soak with ASan, which keeps what was freed: it looks like a leak.
 TESTS_THREADS := $(wildcard tests/test_threads.py tests/test_reaper*.py \
-    tests/test_storm.py tests/test_interpreters.py)
-TESTS_ASAN := $(filter-out %/test_storm.py,$(TESTS_THREADS)) tests/test_grace.py \
+    tests/test_soak.py tests/test_interpreters.py)
+TESTS_ASAN := $(filter-out %/test_soak.py,$(TESTS_THREADS)) tests/test_grace.py \
     tests/test_kernel_results.py tests/test_limits.py \
     tests/test_robust_locks.py tests/test_values.py
 # Of each other C file there is a test; of these three each branch.
@@ -44,8 +44,8 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
     -Wstrict-prototypes -Werror
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test storm pressure lint format types analyze wheels \
-    vm clean     native fuzz asan coverage free-threaded promises \
+.PHONY: help demo test soak pressure lint format types analyze wheels vm \
+    clean native fuzz asan coverage free-threaded promises \
     figures bench-overhead bench-late bench-back bench-latency bench-many \
     bench-growth bench-peers
 .DELETE_ON_ERROR:
@@ -64,8 +64,8 @@ test: $(VENV)/built $(VENV)/group-test ## run the tests; ARGS=... for pytest
 	@echo "== pytest, in Python's development mode, warnings are errors"
 	@$(PY) -X dev -m pytest -W error $(ARGS)
 
-storm: $(VENV)/built ## 10,000 victims in 10 minutes; ARGS="--minutes 1 --seed 7"
-	@$(PY) tests/storm.py $(ARGS)
+soak: $(VENV)/built ## kill all kinds in all ways; ARGS="--minutes 60 --seed 7"
+	@$(PY) tests/soak.py $(ARGS)
 
 pressure: $(VENV)/built ## kill when memory is nearly gone, in QEMU machines
 	@$(PY) tests/pressure.py $(ARGS)

@@ -1,4 +1,4 @@
-"""A short storm: see storm.py, of which `make storm` runs the long one."""
+"""A short soak: see soak.py, of which `make soak` runs the long one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 
 import mrelease
 
-STORM = Path(__file__).with_name("storm.py")
+SOAK = Path(__file__).with_name("soak.py")
 
 
-def test_20_seconds_of_storm() -> None:
+def test_20_seconds_of_soak() -> None:
     """In a process of its own: what it leaks and who it kills is counted."""
     if not mrelease.support():
         pytest.skip("no process_mrelease(2): there is nothing to release")
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", str(STORM),
+        [sys.executable, "-X", "dev", "-W", "error", str(SOAK),
          "--minutes", "0.3", "--victims", "200"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -1,19 +1,28 @@
-"""A storm of kills: ``make storm``, and for some seconds test_storm.py.
+"""Kills of all kinds for a long time: ``make soak``; test_soak.py: 20 s.
 
 Four Python threads share one Reaper and kill victims of all kinds, on
 terms drawn at random, in all the ways there are: one or many, waited for,
-polled, awaited and cancelled, dropped unread. Meanwhile others kill the
-same victims, the process forks, Reapers come and go, and processes that
-nobody asked to kill start beside the victims, with their pids too.
+polled, awaited and cancelled, dropped unread; trees, process groups and
+control groups; with that Reaper, with one that is made for it, and by
+kill(). Meanwhile all CPUs are busy, others kill the same victims, the
+process forks, Reapers come and go, and processes that nobody asked to kill
+start beside the victims: with the same program, name and user, and with
+their pids too.
 
 What each result says is compared with what the kernel says of its victim,
-which is a child that was not waited for, so the pid is its own. At the end
-every victim is dead, every job has ended, every bystander is as it was,
-and file descriptors, threads and memory are back where they were when the
-first victims (the warm-up) had fallen.
+which is a child that was not waited for, so the pid is its own, and of its
+memory control group. At the end every victim is dead, every job has ended,
+every bystander is as it was, and file descriptors, threads, children and
+memory are back where they were when the first victims (the warm-up) had
+fallen. A report of what must be so is the last thing that is printed.
 
 The seed draws what is done; how threads and kernel take turns differs
-from run to run. Ctrl-C ends the storm, with what was found so far.
+from run to run. Ctrl-C ends it, with the report of what was done so far.
+
+--machine does all that in a virtual machine (tests/vm/run.py), under memory
+pressure: a ballast leaves only --left MiB, there is swap on zram, and again
+and again a hog takes what is left, until it is killed like the others.
+There, the kernel's OOM killer must not have to kill anything.
 """
 
 from __future__ import annotations
@@ -24,8 +33,11 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import json
 import os
+import platform
 import random
+import re
 import select
 import signal
 import statistics
@@ -40,17 +52,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import cgroups
+import families
 import kernel_errors
 import mrelease
+import pressure
 import victims
+from cgroups import Gauge, Unavailable, allowance
 from mrelease import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
-    from typing import Literal
+    from typing import Any, Literal
 
-    from mrelease import Reaper, Reaping, Release
+    from mrelease import CgroupRelease, Reaper, Reaping, Release
 
 THREADS = 4
 MIB = victims.MIB
@@ -59,8 +75,20 @@ PATIENCE = 60.0
 """Seconds for what must happen, on a machine as busy as this one."""
 LATE = 5.0
 """A result that is later than its terms allow by so many seconds."""
+LATE_EMULATED = 60.0
+"""The same in QEMU, where a busy host stops a processor for seconds."""
 MOST_WRONG = 25
 """After so many false results there is nothing more to learn."""
+
+# What must be so, and is told in the report as how often it was not.
+RESULT = "results that are not true"
+FREED = "freed, but the memory was there"
+ALIVE = "victims that do not die"
+WRONG = "wrong kills: bystanders hurt"
+LEFT = "leaks: fds, threads, children, memory"
+ERROR = "exceptions, and what does not end"
+OOM = "kills by the kernel's OOM killer"
+INVARIANTS = (RESULT, FREED, ALIVE, WRONG, LEFT, ERROR, OOM)
 
 NOTHING = mrelease.Footprint(0, 0, 0, 0, 0)
 
@@ -84,13 +112,25 @@ KINDS = {
     "starved": 0.3,
     "frozen": 0.3,
     "in_d_state": 0.3,
+    "core_dumping": 0.3,
+    "swapped": 0.3,
+    "huge": 0.3,
 }
 # These share what is kept for the next victim, and take turns to be made.
-ONE_AT_A_TIME = ("in_d_state", "on_quota", "frozen", "frozen_v2")
+ONE_AT_A_TIME = (
+    *("in_d_state", "on_quota", "frozen", "frozen_v2"),
+    *("core_dumping", "swapped", "huge"),
+)
+# What can be in a control group that is killed, and ends then.
+ORDINARY = ("asleep", "asleep_8_threads", "spinning", "stopped", "mlocked")
 
 SIZES = (0, 0, 0, 1, 1, 2, 2, 4, 4, 8, 16, 32, 64)  # MiB
 TIMEOUTS = (0.0, 0.001, 0.01, 0.1, 0.5, 1.0, 2.0)
 GRACES = (0.0, 0.0, 0.0, 0.0, 0.001, 0.01, 0.05, 0.3)
+
+LEAST_METERED = 8  # MiB: what else is charged is not as much as that
+HOG_AT = 96 * MIB
+"""The hog is killed when no more than that is left."""
 
 BYSTANDERS = 48
 FDS_OF_A_VICTIM = 4  # three pipes and its pidfd
@@ -111,9 +151,16 @@ class Subject:
     """A victim, and all that its result is judged by."""
 
     def __init__(
-        self, kind: str, mib: int, sigterm: str | None, folder: Path
+        self,
+        kind: str,
+        mib: int,
+        sigterm: str | None,
+        folder: Path,
+        groups: Sequence[cgroups.Group] = (),
     ) -> None:
         options = victims.Options()
+        if groups:
+            options["groups"] = groups
         self.kind = kind
         self.mib = mib
         self.lock = folder / "lock"
@@ -138,12 +185,17 @@ class Subject:
     def exit_codes(self) -> set[int]:
         """How it may have ended."""
         codes = {-signal.SIGKILL}
+        if self.kind == "core_dumping":
+            codes.add(-signal.SIGABRT)
         if self.terms.grace > 0 and self.kind != "zombie":
             if self.sigterm == "default":
                 codes.add(-signal.SIGTERM)
             elif self.sigterm == "exit":
                 codes.add(0)
         return codes
+
+    def threads(self) -> int:
+        return self.victim.facts["threads"]
 
     def held_bytes(self) -> int:
         """Anonymous memory that it holds now, as far as it can be seen."""
@@ -161,7 +213,7 @@ class Subject:
         )
 
 
-def lies(s: Subject, r: Release, took: float) -> Iterator[str]:
+def lies(s: Subject, r: Release, took: float, late: float) -> Iterator[str]:
     """What a result says that is not so; the victim is not waited for."""
     ended = s.victim.ended()
     waited = s.terms.timeout
@@ -173,7 +225,7 @@ def lies(s: Subject, r: Release, took: float) -> Iterator[str]:
         yield f"freed, but {s.held_bytes()} bytes are held"
     if r.exited is not None and not ended:
         yield "exited, but it has not ended"
-    if took > terms.grace + waited + LATE:
+    if took > terms.grace + waited + late:
         yield f"told after {took:.3f} s"
 
     match r.outcome:
@@ -195,6 +247,11 @@ def lies(s: Subject, r: Release, took: float) -> Iterator[str]:
                 yield "nobody shares it"
             if r.freed:
                 yield "shared and freed"
+        case Outcome.DUMPING:
+            if s.kind != "core_dumping":
+                yield "no core is dumped"
+            if r.freed:
+                yield "dumping and freed"
         case Outcome.LOCKED:
             if s.kind != "robust_holder" or terms.locks != "protect":
                 yield "withheld for locks that it does not hold"
@@ -221,7 +278,7 @@ def lies(s: Subject, r: Release, took: float) -> Iterator[str]:
         # After a grace it is what SIGTERM has left of it.
         whole = terms.grace == 0 or s.sigterm == "ignore"
         least = s.mib * MIB if whole else 0
-        if r.footprint is None or r.footprint.anon < least:
+        if r.footprint is None or r.footprint.anon + r.footprint.swap < least:
             yield "the footprint is less than it holds"
         if terms.grace == 0 and r.signalled is None:
             yield "SIGKILL was not sent"
@@ -256,6 +313,9 @@ class Bystander:
             NS_LAST_PID.write_text(str(pid - 1))
         self.process = victims.Process(1)
         self.pid = self.process.pid
+        if os.environ.get("MRELEASE_TEST_DISPOSABLE") == "1":
+            # What the OOM killer does is not ours.
+            pressure.set_oom_score(self.pid, -1000)
         self.was = self.look()
 
     def look(self) -> tuple[object, ...]:
@@ -282,6 +342,7 @@ class Bystander:
 class Stock(NamedTuple):
     fds: int
     threads: int
+    children: int
     heap: int  # bytes, of the C library
     blocks: int  # of Python's allocator
     rss: int  # bytes, private and anonymous
@@ -289,6 +350,7 @@ class Stock(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.fds} fds, {self.threads} threads, "
+            f"{self.children} children, "
             f"{self.heap / 1024:.0f} KiB of the C heap, {self.blocks} blocks "
             f"of Python's, {self.rss / MIB:.1f} MiB resident"
         )
@@ -325,11 +387,12 @@ def take_stock() -> Stock:
         now = Stock(
             len(os.listdir("/proc/self/fd")),
             int(status["Threads"]),
+            len(victims.children() - cgroups.guards()),
             _heap(),
             sys.getallocatedblocks(),
             int(status["RssAnon"].split()[0]) * 1024,
         )
-        if last is not None and now[:2] == last[:2]:
+        if last is not None and now[:3] == last[:3]:
             return now
         if time.monotonic() > end:
             return now
@@ -348,6 +411,17 @@ class Times:
     def add(self, step: str, seconds: float) -> None:
         self._seconds[step].append(seconds)
 
+    def slowest(self) -> dict[str, float]:
+        """Of each step, whatever the kind of victim, in ms."""
+        found: dict[str, float] = {}
+        for step, seconds in self._seconds.items():
+            name = re.sub(r"\W+", "_", step.partition(",")[0]).strip("_")
+            name = f"slowest_{name.lower()}_ms"
+            found[name] = max(
+                found.get(name, 0.0), round(max(seconds) * 1e3, 2)
+            )
+        return found
+
     def rows(self) -> Iterator[str]:
         for step, seconds in sorted(self._seconds.items()):
             middle = statistics.median(seconds)
@@ -358,23 +432,32 @@ class Times:
             )
 
 
-# ---------------------------------------------------------------- the storm
+# ---------------------------------------------------------------- the soak
 
 
-class Storm:
+class Soak:
     def __init__(
         self,
         minutes: float,
         count: int,
         seed: int,
         say: Callable[[str], None] = print,
+        busy: int = 0,
+        left: int | None = None,
     ) -> None:
+        """left: MiB that are available, under memory pressure."""
+        self.busy = busy
+        self.left = left
+        self.late = LATE if left is None else LATE_EMULATED
+        self.asked = 0
         self.seed = seed
         self.count = count
         self.say = say
         self.lasts = minutes * 60
         self.warm_up = max(50, min(1000, count // 5))
-        self.wrong: list[str] = []
+        if left is not None:
+            self.warm_up = 20  # emulated, it takes a minute
+        self.wrong: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.done: Counter[str] = Counter()
@@ -385,10 +468,14 @@ class Storm:
         self._lock = threading.Lock()
         self._making = threading.Lock()
         self._forking = threading.Lock()
+        self._hogging = threading.Lock()
+        self._gauges: list[Gauge] = []
         self._kinds = {
             kind: often
             for kind, often in KINDS.items()
-            if victims.why_not(kind) is None
+            # Under memory pressure all are, and swap is not to be taken away.
+            if not (kind == "swapped" and left is not None)
+            and victims.why_not(kind) is None
         }
         self._reuse = os.access(NS_LAST_PID, os.W_OK)
         self._clear = contextlib.ExitStack()
@@ -396,13 +483,14 @@ class Storm:
 
     # -- what is found
 
-    def find(self, what: str) -> None:
+    def find(self, what: str, kind: str = RESULT) -> None:
         """Something is false."""
         with self._lock:
-            self.wrong.append(what)
-            if len(self.wrong) <= MOST_WRONG:
+            self.wrong[kind] += 1
+            count = self.wrong.total()
+            if count <= MOST_WRONG:
                 self.say(f"FALSE: {what}")
-            if len(self.wrong) >= MOST_WRONG:
+            if count >= MOST_WRONG:
                 self._stop.set()
 
     def note(self, what: str) -> None:
@@ -411,8 +499,11 @@ class Storm:
             self.notes[what] += 1
 
     def judge(self, s: Subject, r: Release, took: float) -> None:
-        for lie in lies(s, r, took):
-            self.find(f"{lie}: {r!r} of {s}")
+        for lie in lies(s, r, took, self.late):
+            # Those with the word are of what is told to be free.
+            self.find(
+                f"{lie}: {r!r} of {s}", FREED if "free" in lie else RESULT
+            )
         if (
             s.kind == "robust_holder"
             and s.terms.locks == "protect"
@@ -442,6 +533,10 @@ class Storm:
                             "SIGKILL to released, of 64 MiB",
                             r.released - r.signalled,
                         )
+                if r.exited is not None:
+                    self.times.add(
+                        "SIGKILL to its end", r.exited - r.signalled
+                    )
             if now:
                 self.times.add(f"call to result, {s.kind}", took)
 
@@ -451,7 +546,9 @@ class Storm:
             each.result()
         s.victim.let_go()
         if not s.victim.ended(PATIENCE):
-            self.find(f"alive after {PATIENCE} s: {s} {s.victim.states()}")
+            self.find(
+                f"alive after {PATIENCE} s: {s} {s.victim.states()}", ALIVE
+            )
             return
         s.code = s.victim.wait()
         for lie in lies_about_the_end(s, r):
@@ -483,16 +580,28 @@ class Storm:
 
     @contextlib.contextmanager
     def _made(
-        self, rng: random.Random, count: int, terms: Terms
+        self,
+        rng: random.Random,
+        count: int,
+        terms: Terms,
+        gauge: Gauge | None = None,
+        kinds: Sequence[str] = (),
     ) -> Iterator[list[Subject]]:
         """So many victims; dead, reaped and cleared away at the end."""
         with contextlib.ExitStack() as stack:
             made: list[Subject] = []
             for _ in range(count):
-                [kind] = rng.choices(
-                    list(self._kinds), list(self._kinds.values())
-                )
+                often = {
+                    kind: often
+                    for kind, often in self._kinds.items()
+                    if not kinds or kind in kinds
+                }
+                [kind] = rng.choices(list(often), list(often.values()))
                 mib = rng.choice(SIZES if count == 1 else SIZES[:-3])
+                if gauge is not None:
+                    mib = max(mib, LEAST_METERED)
+                if self.left is not None:
+                    mib = min(mib, LEAST_METERED)
                 sigterm = rng.choice(("ignore", "exit", "default", None))
                 folder = Path(tempfile.mkdtemp(dir=self._folder))
                 stack.callback(_remove, folder)
@@ -502,7 +611,9 @@ class Storm:
                     else contextlib.nullcontext()
                 )
                 with alone:
-                    s = Subject(kind, mib, sigterm, folder)
+                    s = Subject(
+                        kind, mib, sigterm, folder, [gauge] if gauge else ()
+                    )
                 stack.callback(s.close)
                 s.terms = terms
                 made.append(s)
@@ -559,6 +670,8 @@ class Storm:
         together = count > 1 and rng.random() < 0.8
         terms = self._draw_terms(rng, one=not together)
         made = stack.enter_context(self._made(rng, count, terms))
+        with self._lock:
+            self.asked += count
         given = [self._given(rng, s, stack) for s in made]
         if rng.random() < 0.15:
             self._meet(rng, made)
@@ -730,8 +843,11 @@ class Storm:
             self._collect(
                 made, reapings, begun, lambda each: each.result(PATIENCE)
             )
-            if not reaper.close(PATIENCE):
-                self.find(f"{reaper!r} does not end")
+            closing = time.monotonic()
+            ended = reaper.close(PATIENCE)
+            self.add_time("close() of a Reaper", time.monotonic() - closing)
+            if not ended:
+                self.find(f"{reaper!r} does not end", ERROR)
         self.count_done("own Reaper")
 
     def reused(self, rng: random.Random) -> None:
@@ -748,7 +864,7 @@ class Storm:
             )
             s.victim.let_go()
             if not s.victim.ended(PATIENCE):
-                self.find(f"alive after {PATIENCE} s: {s}")
+                self.find(f"alive after {PATIENCE} s: {s}", ALIVE)
                 return
             s.victim.wait()
             heir = self._add_bystander(s.pid if self._reuse else None)
@@ -765,18 +881,253 @@ class Storm:
                 self.note(f"reaped before its result, {result.outcome.value}")
             [late] = self.reaper.kill_many([known])
             if late.result(PATIENCE).outcome is not Outcome.GONE:
-                self.find(f"killed when it was gone: {late.result()!r}")
+                self.find(f"killed when gone: {late.result()!r}", WRONG)
             with contextlib.suppress(ProcessLookupError):
                 self.reaper.kill(known)
-                self.find(f"killed when it was gone: {s}")
+                self.find(f"killed when gone: {s}", WRONG)
             if heir is not None:
                 harm = heir.harm()
                 if harm is not None:
-                    self.find(f"the heir of {s}: {harm}")
+                    self.find(f"the heir of {s}: {harm}", WRONG)
                 if heir in self.bystanders:
                     self.bystanders.remove(heir)
             with self._lock:
+                self.asked += 1
                 self.fallen += 1
+
+    def told(
+        self,
+        rng: random.Random,
+        s: Subject,
+        stack: contextlib.ExitStack,
+        gauge: Gauge | None,
+    ) -> tuple[Release, float, int]:
+        """Kill one and wait: the result, how long, what is charged then."""
+        terms = s.terms
+        escalate: int | None = None
+        if terms.escalates is not None:
+            escalate = os.eventfd(0)
+            stack.callback(os.close, escalate)
+            later = self._others.submit(
+                _write_after, os.dup(escalate), terms.escalates
+            )
+            stack.callback(later.result)
+        options: pressure.Numbers = {
+            "grace": terms.grace,
+            "escalate_on": escalate,
+            "timeout": terms.timeout,
+            "locks": terms.locks,
+        }
+        given: Any = self._given(rng, s, stack)
+        way = rng.randrange(3)
+        begun = time.monotonic()
+        if way == 0:
+            result = self.reaper.kill(given, **options).result(PATIENCE)
+        elif way == 1 and isinstance(given, mrelease.Victim):
+            result = given.kill(**options)
+        else:
+            result = mrelease.kill(given, **options)
+        usage = gauge.usage() if gauge else 0
+        return result, time.monotonic() - begun, usage
+
+    def metered(self, rng: random.Random) -> None:
+        """By kill() or the Reaper, alone in a memory control group."""
+        terms = self._draw_terms(rng, one=True)
+        with contextlib.ExitStack() as stack:
+            gauge = stack.enter_context(self._gauge())
+            base = gauge.usage() if gauge else 0
+            [s] = stack.enter_context(self._made(rng, 1, terms, gauge))
+            private = s.mib * MIB
+            # The page cache of its program may be charged to it.
+            base = max(base, gauge.usage() - private) if gauge else 0
+            r, took, usage = self.told(rng, s, stack, gauge)
+            self.judge(s, r, took)
+            if gauge and r.freed and r.exited is None and r.footprint:
+                base += r.footprint.shmem + r.footprint.hugetlb
+            self.weigh(r, usage - base, private, s.threads(), gauge)
+            self.see_end(s, r)
+        with self._lock:
+            self.asked += 1
+
+    def weigh(
+        self,
+        what: Release | CgroupRelease,
+        left: int,
+        private: int,
+        threads: int,
+        gauge: Gauge | None,
+    ) -> None:
+        """Compare "freed" with what is charged to the control group."""
+        if gauge is None or not what.freed:
+            return
+        self.count_done("freed, by the memory control group")
+        most = private // 20 + allowance(threads, private)
+        if left > most:
+            self.find(
+                f"freed, but {left} bytes are charged, more than {most}: "
+                f"{what!r}",
+                FREED,
+            )
+
+    @contextlib.contextmanager
+    def _gauge(self) -> Iterator[Gauge | None]:
+        """A memory control group that is nobody else's; None: not here."""
+        if not self._gauges:
+            yield None
+            return
+        gauge = self._gauges.pop()
+        try:
+            yield gauge
+        finally:
+            self._gauges.append(gauge)
+
+    def at_once(self, rng: random.Random) -> None:
+        """kill_many(), with a Reaper or with one that it makes."""
+        terms = self._draw_terms(rng, one=False)
+        with contextlib.ExitStack() as stack:
+            count = rng.choice((1, 2, 3, 8))
+            made = stack.enter_context(self._made(rng, count, terms))
+            given: Any = [self._given(rng, s, stack) for s in made]
+            begun = time.monotonic()
+            results = mrelease.kill_many(
+                given,
+                grace=terms.grace,
+                timeout=terms.timeout,
+                locks=terms.locks,
+                reaper=rng.choice((None, self.reaper)),
+            )
+            took = time.monotonic() - begun
+            for s, r in zip(made, results, strict=True):
+                s.together = True
+                self.judge(s, r, took)
+            for s, r in zip(made, results, strict=True):
+                self.see_end(s, r)
+        with self._lock:
+            self.asked += count
+
+    def family(self, rng: random.Random) -> None:
+        """A tree or a process group that forks on: none of it is left."""
+        as_group = rng.random() < 0.5
+        script, forks = rng.choice(FAMILIES)
+        with families.Family(script, new_session=as_group) as family:
+            if forks:
+                family.wait_forks(forks)
+            else:
+                family.wait_for(3)
+            kill = mrelease.kill_group if as_group else mrelease.kill_tree
+            grace = rng.choice(GRACES)
+            begun = time.monotonic()
+            results = kill(
+                family.pid,
+                grace=grace,
+                timeout=2.0,
+                reaper=rng.choice((None, self.reaper)),
+            )
+            took = time.monotonic() - begun
+            self.add_time(f"{kill.__name__}()", took)
+            if took > grace + 2.0 + self.late:
+                self.find(f"{kill.__name__}() took {took:.3f} s")
+            left = family.left(PATIENCE)
+            if left:
+                self.find(f"{kill.__name__}() has left {left}", ALIVE)
+            for r in results:
+                if r.freed and r.exited is None and family_holds(r.pid):
+                    self.find(f"freed, but it holds memory: {r!r}", FREED)
+                if r.outcome in (
+                    Outcome.ALIVE,
+                    Outcome.DENIED,
+                    Outcome.UNSUPPORTED,
+                    Outcome.DUMPING,
+                ):
+                    self.find(f"that cannot be: {r!r}")
+                with self._lock:
+                    self.outcomes["family", r.outcome.value] += 1
+            with self._lock:
+                self.asked += len(results)
+                self.fallen += len(results)
+
+    def in_a_cgroup(self, rng: random.Random) -> None:
+        """All of a control group, by kill_cgroup()."""
+        terms = Terms(
+            timeout=rng.choice((0.5, 1.0, 2.0)),
+            locks=rng.choice(("protect", "ignore")),
+        )
+        with contextlib.ExitStack() as stack:
+            gauge = stack.enter_context(self._gauge())
+            if gauge is None:
+                return
+            base = gauge.usage()
+            count = rng.choice((1, 2, 4))
+            made = stack.enter_context(
+                self._made(rng, count, terms, gauge, ORDINARY)
+            )
+            private = sum(s.mib for s in made) * MIB
+            threads = sum(s.threads() for s in made)
+            base = max(base, gauge.usage() - private)
+            begun = time.monotonic()
+            result = mrelease.kill_cgroup(
+                gauge.path,
+                timeout=terms.timeout,
+                locks=terms.locks,
+                reaper=rng.choice((None, self.reaper)),
+            )
+            usage = gauge.usage()
+            took = time.monotonic() - begun
+            self.add_time("kill_cgroup()", took)
+            self.weigh(result, usage - base, private, threads, gauge)
+            by_pid = {r.pid: r for r in result.releases}
+            if by_pid.keys() != {s.pid for s in made}:
+                self.find(f"not those that were in it: {result!r}", WRONG)
+            if not result.populated and not all(
+                s.victim.ended() for s in made
+            ):
+                self.find(f"empty, but not all have ended: {result!r}")
+            for s in made:
+                s.together = True
+                if s.pid in by_pid:
+                    self.judge(s, by_pid[s.pid], took)
+                self.see_end(s, by_pid.get(s.pid))
+        with self._lock:
+            self.asked += count
+
+    def hogged(self, _rng: random.Random) -> None:
+        """Under memory pressure, something takes all that is left."""
+        if self.left is None or not self._hogging.acquire(blocking=False):
+            return
+        try:
+            with self._gauge() as gauge:
+                if gauge is not None:
+                    self._hog(gauge)
+        finally:
+            self._hogging.release()
+        with self._lock:
+            self.asked += 1
+            self.fallen += 1
+
+    def _hog(self, gauge: Gauge) -> None:
+        meminfo = pressure.Meminfo()
+        cpus = len(os.sched_getaffinity(0))
+        with pressure.Grower(
+            Path(self._folder), gauge, 4096, cpus, idle=False
+        ) as hog:
+            fd = os.open(hog.start, os.O_WRONLY)
+            os.write(fd, bytes(cpus))
+            os.close(fd)
+            end = time.monotonic() + 20
+            while sum(meminfo.look()) > HOG_AT and time.monotonic() < end:
+                time.sleep(0.001)
+            begun = time.monotonic()
+            result = self.reaper.kill(hog.pid, timeout=PATIENCE).result()
+            self.add_time("hog: call to result", time.monotonic() - begun)
+            if not hog.victim.ended(PATIENCE):
+                self.find(f"alive after {PATIENCE} s: hog {hog.pid}", ALIVE)
+            with self._lock:
+                self.outcomes["hog", result.outcome.value] += 1
+        meminfo.close()
+
+    def add_time(self, step: str, seconds: float) -> None:
+        with self._lock:
+            self.times.add(step, seconds)
 
     def count_done(self, what: str, times: int = 1) -> None:
         with self._lock:
@@ -792,6 +1143,11 @@ class Storm:
             self.forked: 6,
             self.with_an_own_reaper: 6,
             self.reused: 8,
+            self.metered: 14,
+            self.at_once: 8,
+            self.in_a_cgroup: 6,
+            self.family: 3,
+            self.hogged: 0 if self.left is None else 6,
         }
         while not self._stop.is_set():
             if self.fallen >= enough and time.monotonic() >= end:
@@ -800,7 +1156,7 @@ class Storm:
             try:
                 way(rng)
             except Exception:  # noqa: BLE001 - it is what is looked for
-                self.find(f"{way.__name__}:\n{traceback.format_exc()}")
+                self.find(f"{way.__name__}:\n{traceback.format_exc()}", ERROR)
             self.count_done(way.__name__)
 
     def _run(self, name: str, enough: int, seconds: float) -> None:
@@ -814,7 +1170,7 @@ class Storm:
                     enough,
                     end,
                 ),
-                name=f"storm {i}",
+                name=f"soak {i}",
                 daemon=True,
             )
             for i in range(THREADS)
@@ -828,12 +1184,14 @@ class Storm:
                     thread.join(0.1)
                 if time.monotonic() > told + 30:
                     told = time.monotonic()
-                    self.say(f"{self.fallen} victims, {len(self.wrong)} false")
+                    self.say(
+                        f"{self.fallen} victims, {self.wrong.total()} false"
+                    )
         finally:
             self._stop.set()
             for thread in threads:
                 thread.join()
-        if len(self.wrong) < MOST_WRONG:
+        if self.wrong.total() < MOST_WRONG:
             self._stop.clear()
 
     def run(self) -> None:
@@ -849,6 +1207,17 @@ class Storm:
             barrier.wait()
             for _ in range(BYSTANDERS // 2):
                 self._add_bystander()
+            with contextlib.suppress(Unavailable):
+                for _ in range(2 * THREADS):
+                    gauge = self._clear.enter_context(Gauge())
+                    self._gauges.append(gauge)
+            if self.left is not None:
+                self._ballast(self.left)
+            busy = [
+                self._clear.enter_context(victims.Process(spin=True))
+                for _ in range(self.busy)
+            ]
+            kills = pressure.vmstat("oom_kill ")
             before = self._take_stock()
             self.reaper = mrelease.Reaper()
             self.say(str(self.reaper.scheduling))
@@ -859,46 +1228,83 @@ class Storm:
             warm = self._take_stock()
             self.say(f"warm after {self.fallen} victims: {warm}")
             begun = self.fallen
-            self._run("storm", self.count, self.lasts)
+            self._run("soak", self.count, self.lasts)
             gone = self.fallen - begun
             over = self._take_stock()
             self.say(f"after {gone} more: {over}")
             self._compare(warm, over, gone)
             if not self.reaper.close(PATIENCE):
-                self.find("the Reaper has jobs or threads that do not end")
+                self.find("the Reaper does not end", ERROR)
             del self.reaper  # it keeps its fds until then
             closed = self._take_stock()
             self.say(f"without the Reaper: {closed}; before it: {before}")
             if closed.threads > before.threads:
-                self.find(f"threads: {before.threads} became {closed.threads}")
+                self.find(
+                    f"threads: {before.threads} became {closed.threads}", LEFT
+                )
+            if closed.children > before.children:
+                self.find(
+                    f"children: {before.children} became {closed.children}",
+                    LEFT,
+                )
             if closed.fds > before.fds:
-                self.find(f"fds: {before.fds} became {closed.fds}")
+                self.find(f"fds: {before.fds} became {closed.fds}", LEFT)
             for bystander in self.bystanders:
                 harm = bystander.harm()
                 if harm is not None:
-                    self.find(harm)
+                    self.find(harm, WRONG)
+            for process in busy:
+                if process.ended():
+                    self.find(f"busy process {process.pid} is dead", WRONG)
+            if self.asked != self.fallen:
+                self.find(
+                    f"{self.asked} were killed, {self.fallen} are dead", ALIVE
+                )
+            kills = pressure.vmstat("oom_kill ") - kills
+            if self.left is not None:  # else the machine is others', too
+                for _ in range(kills):
+                    self.find("the kernel's OOM killer had to kill", OOM)
+
+    def _ballast(self, left: int) -> None:
+        """Take all memory but so many MiB."""
+        available, swap = pressure.Meminfo().look()
+        ballast = available // MIB - left
+        pressure.take(self._clear, ballast)
+        self.say(
+            f"a ballast of {ballast} MiB leaves {left} MiB; "
+            f"{swap // MIB} MiB of swap"
+        )
 
     def _take_stock(self) -> Stock:
         """Without what is kept for the next victim, and the bystanders."""
         victims.close_all()
         stock = take_stock()
-        own = FDS_OF_A_VICTIM * len(self.bystanders)
-        return stock._replace(fds=stock.fds - own)
+        own = len(self.bystanders)
+        return stock._replace(
+            fds=stock.fds - FDS_OF_A_VICTIM * own,
+            children=stock.children - own,
+        )
 
     def _compare(self, warm: Stock, over: Stock, gone: int) -> None:
         if over.fds > warm.fds:
-            self.find(f"fds: {warm.fds} became {over.fds}")
+            self.find(f"fds: {warm.fds} became {over.fds}", LEFT)
+        if over.children > warm.children:
+            self.find(
+                f"children: {warm.children} became {over.children}", LEFT
+            )
         if over.threads > warm.threads:
-            self.find(f"threads: {warm.threads} became {over.threads}")
+            self.find(f"threads: {warm.threads} became {over.threads}", LEFT)
         if over.heap > warm.heap + 64 * gone + MIB:
-            self.find(f"C heap: {warm.heap} became {over.heap}")
+            self.find(f"C heap: {warm.heap} became {over.heap}", LEFT)
         # With 3.12 each part of a path that pathlib took apart (here, of one
         # in /proc) is there for ever: interned strings are immortal.
         each = 8 if sys.version_info[:2] == (3, 12) else 1
         if over.blocks > warm.blocks + each * gone + 2000:
-            self.find(f"Python's blocks: {warm.blocks} became {over.blocks}")
+            self.find(
+                f"Python's blocks: {warm.blocks} became {over.blocks}", LEFT
+            )
         if over.rss > warm.rss + 8 * MIB:
-            self.find(f"resident: {warm.rss} became {over.rss}")
+            self.find(f"resident: {warm.rss} became {over.rss}", LEFT)
 
     def _close_reaper(self) -> None:
         if hasattr(self, "reaper"):
@@ -914,7 +1320,7 @@ class Storm:
         names = [o.value for o in Outcome]
         seen = [n for n in names if any(o == n for _, o in self.outcomes)]
         self.say("  " + " " * 18 + "".join(f"{n:>11}" for n in seen))
-        for kind in self._kinds:
+        for kind in (*self._kinds, "family", "hog"):
             cells = (f"{self.outcomes[kind, n] or '-':>11}" for n in seen)
             self.say(f"  {kind:<18}{''.join(cells)}")
         left = [kind for kind in KINDS if kind not in self._kinds]
@@ -927,12 +1333,62 @@ class Storm:
                  f"{'99 %':>9} {'slowest':>9}")  # fmt: skip
         for row in self.times.rows():
             self.say(row)
-        self.say(
-            f"\nbystanders, all to be as they were: {len(self.bystanders)}"
-        )
         self.say("\nrare, and allowed:")
         for what, times in sorted(self.notes.items()):
             self.say(f"  {what:<64} {times:>6}")
+        self.say(
+            f"\n{self.asked} kills asked for, {self.fallen} victims dead, "
+            f"{len(self.bystanders)} bystanders, {self.busy} busy processes; "
+            "to be 0:"
+        )
+        for kind in INVARIANTS:
+            if kind == OOM and self.left is None:
+                continue
+            count = self.wrong[kind]
+            verdict = "FAILED" if count else "ok"
+            self.say(f"  {kind:<44} {count:>6}  {verdict}")
+
+    def report(self) -> pressure.Numbers:
+        """The figures, by name."""
+        told: pressure.Numbers = {
+            "kills_asked": self.asked,
+            "victims_dead": self.fallen,
+            "bystanders": len(self.bystanders),
+            "busy": self.busy,
+            "left_mib": -1 if self.left is None else self.left,
+            "pids_reused": self.done["pid reused"],
+            "false_results": self.wrong[RESULT],
+            "false_freed": self.wrong[FREED],
+            "alive": self.wrong[ALIVE],
+            "wrong_kills": self.wrong[WRONG],
+            "leaks": self.wrong[LEFT],
+            "errors": self.wrong[ERROR],
+            "oom_kills": self.wrong[OOM],
+            "freed_metered": self.done["freed, by the memory control group"],
+        }
+        for (_, outcome), count in self.outcomes.items():
+            name = f"outcome_{outcome}"
+            told[name] = told.get(name, 0) + count
+        told |= self.times.slowest()
+        return told
+
+
+FAMILIES = (
+    # What it does, and after how many forks it is killed; 0: 3 are there.
+    ("child() or child()\nrest()", 0),
+    ("child()\nchild()\nrest()", 0),
+    (families.storm(30), 5),
+    (families.storm(30, pause=0.02), 2),
+)
+
+
+def family_holds(pid: int) -> bool:
+    """It has more private memory than a page table's worth."""
+    try:
+        status = victims.status_of(pid)
+    except ProcessLookupError:
+        return False
+    return int(status.get("RssAnon", "0 kB").split()[0]) * 1024 >= MIB
 
 
 def _remove(folder: Path) -> None:
@@ -1004,52 +1460,99 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def in_machine(asked: argparse.Namespace, seed: int) -> int:
+    """All of it in a machine, with memory pressure."""
+    program = [__file__, "--inside", "--seed", str(seed)]
+    for name in ("minutes", "victims", "busy", "left"):
+        program += [f"--{name}", str(getattr(asked, name))]
+    begun = time.monotonic()
+    code, told = pressure.run_in_machine(
+        program, asked.kernel, "2G", "256M", asked.minutes * 60 * 3 + 300
+    )
+    told["took_s"] = round(time.monotonic() - begun)
+    told["exit_code"] = code
+    pressure.write_report("soak-machine", told, asked.json)
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Kill many victims in many ways, and check every result."
     )
-    parser.add_argument(
-        "--minutes", type=float, default=10.0, help="it lasts so long"
+    add = parser.add_argument
+    add("--minutes", type=float, default=10.0, help="it lasts so long")
+    add("--victims", type=int, default=0, help="and at least so many fall")
+    add("--seed", type=int, help="to draw the same once more")
+    add(
+        "--busy",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes that keep CPUs busy; one for each",
     )
-    parser.add_argument(
-        "--victims", type=int, default=10_000, help="and at least so many fall"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=None, help="to draw the same once more"
-    )
+    add("--json", metavar="FILE", type=Path, help="write the figures there")
+    add("--machine", action="store_true", help="in QEMU, memory is short")
+    add("--left", type=int, default=300, help="MiB that are left there")
+    add("--kernel", default="trixie", help="of this Debian suite")
+    add("--inside", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
     seed = random.randrange(10**6) if asked.seed is None else asked.seed
+    if asked.machine:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return in_machine(asked, seed)
+        except KeyboardInterrupt:
+            print("interrupted: its report went with the machine")
+            return 130
+    if asked.inside:
+        if os.environ.get("MRELEASE_TEST_DISPOSABLE") != "1":
+            sys.exit("this takes all memory of a machine")
+        pressure.move_to_disk()
+        # Less likely than a hog, if the kernel has to choose.
+        pressure.set_oom_score(os.getpid(), -500)
     # Whatever hangs: it ends, and victims and guards see the end of Python.
     faulthandler.dump_traceback_later(asked.minutes * 60 * 3 + 300, exit=True)
     signal.signal(signal.SIGTERM, _interrupt)
     print(
-        f"seed {seed}: at least {asked.victims} victims in "
-        f"{asked.minutes:g} minutes, {THREADS} threads",
+        f"seed {seed}: {asked.minutes:g} minutes, at least {asked.victims} "
+        f"victims, {THREADS} threads, Linux {platform.release()}",
         flush=True,
     )
     begun = time.monotonic()
-    storm = Storm(
+    soak = Soak(
         asked.minutes,
         asked.victims,
         seed,
         lambda line: print(line, flush=True),
+        busy=asked.busy,
+        left=asked.left if asked.inside else None,
     )
     interrupted = False
     try:
-        storm.run()
+        soak.run()
     except KeyboardInterrupt:
         interrupted = True
-    storm.tell()
+    soak.tell()
     faulthandler.cancel_dump_traceback_later()
     took = time.monotonic() - begun
-    print(
-        f"\nseed {seed}: {storm.fallen} victims in {took:.0f} s, "
-        f"{len(storm.wrong)} false"
-    )
+    false = soak.wrong.total()
+    report: pressure.Numbers = {
+        "kernel": platform.release(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "seed": seed,
+        "minutes": round(took / 60, 1),
+        "interrupted": int(interrupted),
+        "false": false,
+        **soak.report(),
+    }
+    if asked.inside:
+        print(f"{pressure.MARK}{json.dumps(report)}", flush=True)
+    else:
+        pressure.write_report("soak", report, asked.json)
+    fallen = soak.fallen
+    print(f"\nseed {seed}: {fallen} victims in {took:.0f} s, {false} false")
     if interrupted:
         print("interrupted")
-        return 130
-    return 1 if storm.wrong else 0
+    return 1 if false else 130 if interrupted else 0
 
 
 if __name__ == "__main__":
