@@ -869,7 +869,7 @@ def main() -> int:
                 "needs QEMU and busybox: apt-get install"
                 f" --no-install-recommends {machine.package} busybox-static",
             )
-    for name in ("pytest", "mrelease"):
+    for name in ("mrelease", *(() if options.program else ("pytest",))):
         if importlib.util.find_spec(name) is None:
             fail(MISSING, f"{sys.executable} has no {name}: install it there")
 
