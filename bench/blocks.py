@@ -17,6 +17,7 @@ from common import size_text
 from mrelease.bench import METHODS, in_ms
 from mrelease.footprint import in_units
 from mrelease.stage import KINDS
+from pressure import SWAPS, WAYS, circumstances, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -556,6 +557,19 @@ def _worse(
     ])  # fmt: skip
 
 
+def pressure(figures: Figures) -> Iterator[str]:
+    part = figures["pressure"]
+    yield f"`{part['command']}`, {part['date']}."
+    for swap in SWAPS:
+        yield ""
+        yield circumstances(part, swap)
+        yield ""
+        yield from table(
+            ["median / 99 % / slowest", *WAYS],
+            rows(part, swap),
+        )
+
+
 BLOCKS: dict[str, Callable[[Figures], Iterable[str]]] = {
     "demo": demo,
     "bench": bench,
@@ -572,4 +586,5 @@ BLOCKS: dict[str, Callable[[Figures], Iterable[str]]] = {
     "growth-steps": growth_steps,
     "growth-perf": growth_perf,
     "worse": worse,
+    "pressure": pressure,
 }

@@ -37,6 +37,10 @@ SINGLE = ("shots", "found", "seconds")
 """Values of single kills."""
 
 
+MADE = {"pressure": ROOT / "tests" / "pressure.py"}
+"""Targets that are no benchmarks, with figures all the same."""
+
+
 class Part(NamedTuple):
     target: str
     """Of the Makefile, or a command of mrelease."""
@@ -61,6 +65,7 @@ PARTS = {
     "many": Part("bench-many", "--n 7"),
     "peers": Part("bench-peers", "--n 3"),
     "growth": Part("bench-growth", "--n 3"),
+    "pressure": Part("pressure", quick="--rounds 4 --block 2"),
 }  # fmt: skip
 
 
@@ -74,9 +79,9 @@ def measure(part: Part, *, quick: bool) -> dict[str, Any]:
         args += shlex.split(part.quick)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
-        if part.target.startswith("bench-"):
+        if part.target in MADE or part.target.startswith("bench-"):
             name = part.target.removeprefix("bench-")
-            argv = [str(HERE / f"{name}.py")]
+            argv = [str(MADE.get(name, HERE / f"{name}.py"))]
             said = f"make {part.target}"
             if args:
                 said += f' ARGS="{shlex.join(args)}"'
@@ -107,6 +112,11 @@ def measure(part: Part, *, quick: bool) -> dict[str, Any]:
             found["printed"] = done.stdout.splitlines()
             return found
         found |= json.loads(file.read_text())
+    if part.target in MADE:  # a flat report
+        found["conditions"] = {
+            name: found.pop(name)
+            for name in ("kernel", "cpus", "seed", "load", "host_cpus")
+        }
     found.pop("benchmark", None)
     found["conditions"].get("options", {}).pop("json", None)  # gone by now
     short: dict[str, Any] = _short(found)

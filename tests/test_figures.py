@@ -139,7 +139,7 @@ def test_all_parts_are_there_with_their_command_and_conditions(
 ) -> None:
     assert list(figures) == list(command.PARTS)
     for name, part in figures.items():
-        assert part["command"].startswith(("make bench-", "mrelease ")), name
+        assert part["command"].startswith(("make ", "mrelease ")), name
         assert part["conditions"]["cpus"] >= 1
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", part["date"])
         # A quick run is to try it, and is not to be quoted.
