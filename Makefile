@@ -44,8 +44,8 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
     -Wstrict-prototypes -Werror
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak pressure lint format types analyze wheels vm \
-    clean native fuzz asan coverage free-threaded promises \
+.PHONY: help demo test soak pressure lint format types analyze tidy wheels vm \
+    clean native fuzz asan coverage free-threaded tsan valgrind promises \
     figures bench-overhead bench-late bench-back bench-latency bench-many \
     bench-growth bench-peers
 .DELETE_ON_ERROR:
@@ -104,6 +104,26 @@ analyze: ## compile with gcc, its analyser and clang; warnings are errors
 	            -c "$$file" -o build/analyze/out.o || exit 1; \
 	    done; \
 	done
+
+tidy: $(VENV)/group-tidy ## clang-tidy and cppcheck; each finding is an error
+	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" cppcheck
+	@echo "== $$($(VENV)/bin/clang-tidy --version | grep -o 'LLVM version.*')"
+	@include=$$($(PYTHON) -c \
+	    'import sysconfig; print(sysconfig.get_path("include"))') && \
+	printf '%s\n' $(C_FILES) $(TOOLS_C) | xargs -P "$$(nproc)" -I {} sh -c ' \
+	    case {} in tests/*) gnu= ;; *) gnu=-D_GNU_SOURCE ;; esac; \
+	    $(VENV)/bin/clang-tidy --quiet {} -- -std=c11 $$gnu \
+	        -isystem '"$$include"' -Isrc 2>/dev/null'
+	@echo "== $$(cppcheck --version)"
+	@cppcheck --enable=warning,performance,portability,style --std=c11 \
+	    --error-exitcode=1 --suppressions-list=.cppcheck --quiet \
+	    --library=posix --library=gnu --library=python --platform=unix64 \
+	    -D_GNU_SOURCE -D__x86_64__ -D__LP64__ -Isrc src tests/native bench
+	@$(PYTHON) tests/report.py tidy findings=0 \
+	    files=$(words $(C_FILES) $(TOOLS_C)) \
+	    left_out="$$(grep -c '^# - ' .clang-tidy) of clang-tidy's checks, \
+	$$(grep -c '^[a-zA-Z]*:' .cppcheck) findings of cppcheck" \
+	    nolint=$$(grep -hE 'NOLINT(NEXTLINE|BEGIN)?[(]' $(ALL_C) | wc -l)
 
 native: ## drive the native threads from C, with sanitizers; ARGS=--long
 	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" gcc

@@ -13,8 +13,10 @@
 /* Nanoseconds for so many calls, each of which must give this errno (0: it
  * succeeds); -1 if one does not.
  */
+/* For ctypes: not static.  NOLINTBEGIN(misc-use-internal-linkage) */
 int64_t
 loop_ns(int pidfd, int64_t count, int expected);
+/* NOLINTEND(misc-use-internal-linkage) */
 
 int64_t
 loop_ns(int pidfd, int64_t count, int expected)

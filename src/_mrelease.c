@@ -1456,7 +1456,7 @@ static struct PyModuleDef definition = {
 };
 
 PyMODINIT_FUNC
-PyInit__mrelease(void)
+PyInit__mrelease(void)          /* NOLINT(misc-use-internal-linkage) */
 {
     return PyModuleDef_Init(&definition);
 }

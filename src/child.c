@@ -1,7 +1,7 @@
 #include "child.h"
 
 #include <errno.h>
-#include <signal.h>             /* sigprocmask(), kill() */
+#include <signal.h>             /* pthread_sigmask(), kill() */
 #include <stddef.h>             /* NULL */
 #include <sys/prctl.h>          /* PR_SET_PDEATHSIG */
 #include <sys/resource.h>       /* RLIMIT_CORE */
@@ -16,11 +16,11 @@ child_fork(void)
     sigset_t before;
 
     sigfillset(&all);
-    sigprocmask(SIG_SETMASK, &all, &before);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     pid_t pid = (pid_t)syscall(SYS_clone, 0UL, 0UL, 0UL, 0UL, 0UL);
     if (pid != 0) {
         int err = errno;
-        sigprocmask(SIG_SETMASK, &before, NULL);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
         errno = err;
     }
     return pid;

@@ -762,7 +762,7 @@ park(struct worker *self)
     pool->idle = self;
     unlock(pool);
     while (atomic_load(&self->go) == 0) {
-        sys_futex_wait(&self->go, 0, 3600 * 1000 * MS);
+        sys_futex_wait(&self->go, 0, 3600 * (1000 * MS));
     }
     lock(pool);
     atomic_store(&self->go, 0);
@@ -1115,7 +1115,6 @@ carry_on(struct job *job, enum reap_progress progress)
             job->reap.releasing = true;
             queue_up(pool, job);
             dispatch(pool);
-            progress = REAP_NEXT;
             job->news = true;
             break;
         default:
@@ -1349,6 +1348,7 @@ hear(struct pool *pool, struct epoll_event *event)
 
     if (what == 0) {
         uint64_t count;
+        /* It does not block. NOLINTNEXTLINE(clang-analyzer-unix.*) */
         ssize_t n = read(pool->wake_fd, &count, sizeof(count));
         (void)n;
         return;

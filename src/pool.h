@@ -48,7 +48,7 @@ struct pool_scheduling {
  * of the CPUs may be used, EAGAIN if there can be no more threads.
  */
 int
-pool_new(const struct pool_options *options, struct pool **pool,
+pool_new(const struct pool_options *options, struct pool **made,
          struct pool_scheduling *got);
 
 #define POOL_OPEN 0
@@ -62,7 +62,7 @@ pool_state(const struct pool *pool);
  * Its fds are duplicated.  0, or an errno.
  */
 int
-job_make(const struct reap *asked, struct job **job);
+job_make(const struct reap *asked, struct job **made);
 
 /* Send SIGTERM, or SIGKILL, to the victims of all these jobs, the biggest
  * first, and see to the rest.  Afterwards each is under way, done or refused.

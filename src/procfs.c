@@ -292,7 +292,7 @@ procfs_read_stat(pid_t pid, struct procfs_stat *stat)
 bool
 procfs_is_dying(pid_t pid)
 {
-    struct procfs_stat stat;
+    struct procfs_stat stat = {0};
     struct procfs_status status = {.kill_pending = false};
 
     if (procfs_read_stat(pid, &stat) != 0 || stat.kernel_thread) {

@@ -50,7 +50,6 @@ raise_victim(int pidfd, pid_t pid)
     cpu_set_t all;
     bool raised = false;
     enum scheduling_rung from = SCHEDULING_FIFO;
-    pid_t tid;
 
     if (procfs_tasks_open(&tasks, pid) != 0) {
         return false;
@@ -59,6 +58,7 @@ raise_victim(int pidfd, pid_t pid)
      * of its threads was opened.
      */
     if (sys_pidfd_send_signal(pidfd, 0) == 0) {
+        pid_t tid;
         memset(&all, 0xff, sizeof(all));
         while ((tid = procfs_tasks_next(&tasks)) > 0) {
             raised |= raise_thread(&tasks, tid, &from, &all);

@@ -1,7 +1,9 @@
 """The last figures of what proves something, as JSON for the docs.
 
+    python tests/report.py TARGET [NAME=VALUE...]
+
 A flat object of names to numbers and strings, in the file that --json names,
-and in NAME.json in the folder that $MRELEASE_REPORT names.
+and in TARGET.json in the folder that $MRELEASE_REPORT names.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,3 +48,16 @@ def write(
         path.write_text(
             json.dumps(before | head | dict(figures), indent=2) + "\n"
         )
+
+
+def main() -> None:
+    target, *pairs = sys.argv[1:]
+    figures: dict[str, float | str] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        figures[name] = int(value) if value.isdecimal() else value
+    write(target, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,7 @@
 #define HUGE ((size_t)2 << 20)  /* of x86-64, and arm64 with 4 KiB pages */
 #define THREAD_STACK ((size_t)64 << 10)
 #define GROW_STEP ((size_t)256 << 10)
-#define LOCK_READY 0x6d72656cu
+#define LOCK_READY 0x6d72656cU
 
 /* What lies in the file of a robust lock. */
 struct shared_lock {
@@ -604,7 +604,8 @@ static void
 seize(pid_t pid)
 {
     char path[64];
-    int found, first = 1;
+    int found;
+    int first = 1;
     snprintf(path, sizeof(path), "/proc/%d/task", (int)pid);
     /* A thread may be made by one that is not traced yet: look again
        until there is none left.  EPERM then means: ours already. */

@@ -387,10 +387,10 @@ class Archive:
 def requirements() -> list[str]:
     """What the tests need, as pyproject.toml has it, but for LEFT_OUT."""
     with open(ROOT / "pyproject.toml", "rb") as file:
-        groups = tomllib.load(file).get("dependency-groups", {})
+        groups = tomllib.load(file)["dependency-groups"]
     return [
         text
-        for text in groups.get("test", ())
+        for text in groups["test-core"] + groups["test"]
         if type(text) is str and not text.startswith(LEFT_OUT)
     ]
 
