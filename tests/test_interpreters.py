@@ -545,6 +545,32 @@ def test_a_victim_that_is_left_at_the_end_of_python_is_no_error() -> None:
         assert not victim.ended()
 
 
+@pytest.mark.parametrize("kind", ["Victim", "Reaper"])
+def test_what_outlives_its_module_at_the_end_is_no_error(kind: str) -> None:
+    """Free-threaded Python 3.13 frees some objects after all modules."""
+    module = f"mrelease.{kind.lower()}"
+    script = (
+        f"import os, sys, mrelease, {module}\n"
+        f"kept = mrelease.{kind}(int(sys.argv[1]))\n"
+        # So Python leaves a module.
+        f"names = vars(sys.modules[{module!r}])\n"
+        "for name in list(names):\n"
+        "    if name != '__builtins__':\n"
+        "        names[name] = None\n"
+        "del kept\n"
+        # What runs at the exit runs before that.
+        "os._exit(0)\n"
+    )
+    with victims.asleep(2) as victim:
+        argument = victim.pid if kind == "Victim" else 1
+        done = subprocess.run(
+            [sys.executable, "-X", "dev", "-c", script, str(argument)],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not victim.ended()
+
+
 # --------------------------------------------------------- free-threaded
 
 

@@ -406,8 +406,10 @@ class Reaper(Closing):
 
     def __del__(self) -> None:
         # Not made whole, or at the end of the interpreter: there is no telling
-        # what is left of it.
-        if getattr(self, "_pool", None) is None or sys.meta_path is None:
+        # what is left of it.  Of free-threaded Python not even this module.
+        if getattr(self, "_pool", None) is None:
+            return
+        if getattr(sys, "meta_path", None) is None:
             return
         if self.closed:
             return
