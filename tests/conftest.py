@@ -57,9 +57,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _hear_signals() -> None:
+    """Who started the tests may have had some ignored: nohup, `&` of a shell.
+
+    So would all that they start, and what is to be interrupted never ends.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     name, _, value = _MARK.partition("=")
     os.environ[name] = value
+    _hear_signals()
     config.addinivalue_line(
         "markers",
         "needs(*kinds): victims without which the test is skipped; names "
