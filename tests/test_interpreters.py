@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,51 @@ def test_import_and_kill_in_a_subinterpreter_after_the_main_one() -> None:
 
     with victims.asleep(16, threads=3) as victim:
         check_answer(kernel_errors.in_child(run, victim.pid), victim)
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 14), reason="concurrent.interpreters is 3.14's"
+)
+def test_concurrent_interpreters_kill_and_end_with_their_reapers() -> None:
+    """The way that Python documents, with results by call()."""
+
+    def run(pids: list[int]) -> list[object]:
+        interpreters = importlib.import_module("concurrent.interpreters")
+        before = len(os.listdir("/proc/self/fd"))
+        found: list[object] = []
+        for pid in pids:
+            other = interpreters.create()
+            other.prepare_main(pid=pid)
+            other.exec(
+                "import mrelease\n"
+                "reaper = mrelease.Reaper(2, spares=1)\n"
+                "freed = reaper.kill(pid).result().freed\n"
+                "assert freed is True\n"
+            )
+            with pytest.raises(
+                interpreters.ExecutionFailed, match="not a pid"
+            ):
+                other.exec("reaper.kill(0)")
+            other.close()
+            found.append(select.select([os.pidfd_open(pid)], [], [], 30)[0])
+        until = time.monotonic() + 30
+        # The threads of their Reapers end by themselves.
+        while (
+            len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < until
+        ):
+            time.sleep(0.01)
+        return [
+            len(found),
+            len(os.listdir("/proc/self/task")),
+            len(os.listdir("/proc/self/fd")) - before - len(pids),
+        ]
+
+    with ExitStack() as stack:
+        made = [stack.enter_context(victims.asleep(2)) for _ in range(3)]
+        found = kernel_errors.in_child(run, [v.pid for v in made])
+        assert found == [3, 1, 0]
+        for victim in made:
+            assert victim.wait() == -signal.SIGKILL
 
 
 def test_import_and_kill_in_a_subinterpreter_before_the_main_one() -> None:
