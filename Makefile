@@ -29,9 +29,11 @@ TESTS_THREADS := $(wildcard tests/test_threads.py tests/test_reaper*.py \
     tests/test_soak.py tests/test_interpreters.py)
 TESTS_ASAN := $(filter-out %/test_soak.py,$(TESTS_THREADS)) tests/test_grace.py \
     tests/test_kernel_results.py tests/test_limits.py \
-    tests/test_robust_locks.py tests/test_values.py
+    tests/test_robust_locks.py tests/test_values.py tests/test_embedding.py
 # Of each other C file there is a test; of these three each branch.
 TESTS_COVERAGE := $(addprefix tests/test_,faults.py hardening.py support.py)
+TESTS_DEBUG := $(addprefix tests/test_,references.py values.py \
+    kernel_results.py reaper.py interpreters.py embedding.py)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -45,7 +47,7 @@ WARNINGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Wshadow \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak pressure lint format types analyze tidy wheels vm \
-    clean native fuzz asan coverage free-threaded tsan valgrind promises \
+    clean native fuzz asan coverage free-threaded tsan debug interpreters promises \
     figures bench-overhead bench-late bench-back bench-latency bench-many \
     bench-growth bench-peers
 .DELETE_ON_ERROR:
@@ -201,6 +203,27 @@ free-threaded: build/free-threaded/built ## the tests of threads without the GIL
 	@PYTHON_GIL=0 build/free-threaded/bin/python -X dev -m pytest -W error \
 	    --quick $(ENDLESS) $(ARGS)
 
+debug: build/debug/built ## on a debug build of Python, which counts references
+	@echo "== pytest, on Python configured --with-pydebug"
+	@build/debug/bin/python -X dev -m pytest -W error --quick \
+	    $(TESTS_DEBUG) $(ARGS)
+
+tsan: build/tsan/built ## the same with ThreadSanitizer, also in Python itself
+	@home=$$($(PYTHON) tests/get_python.py 3.13t-tsan) && \
+	    cp "$${home%/bin/*}/suppressions.txt" build/tsan/suppressions
+	@echo "== A race is reported"
+	@rm -f build/tsan/found.*
+	@clang -g -fsanitize=thread -shared -fPIC tests/native/race.c \
+	    -o build/tsan/race.so
+	@$(TSAN) build/tsan/bin/python tests/tsan.py --race build/tsan/race.so
+	@grep -h '^SUMMARY: .* in bump$$' build/tsan/found.*
+	@rm -f build/tsan/found.*
+	@echo "== pytest, on free-threaded Python with ThreadSanitizer"
+	@$(TSAN) build/tsan/bin/python -m pytest -W error --quick $(NOT_TSAN) \
+	    $(filter-out %/test_storm.py,$(TESTS_THREADS)) $(ARGS); \
+	    status=$$?; \
+	    $(PYTHON) tests/tsan.py build/tsan && exit $$status
+
 wheels: ## build the sdist, from it the wheels; audit and test them
 wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
 	@rm -rf dist build/sdist
@@ -237,6 +260,11 @@ wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
 	        $$(test $$v = 3.11 && echo $(WHEEL_SOME) || \
 	            echo --one-of-each $$v)) || exit 1; \
 	done
+
+interpreters: $(VENV)/group-wheels ## the tests on 3.11 to 3.15, t and d: a table
+	@rm -rf build/interpreters/dist
+	@$(PY) -m build --sdist --outdir build/interpreters/dist >/dev/null
+	@$(PY) tests/interpreters.py build/interpreters $(ARGS)
 
 bench-overhead: $(VENV)/built $(VENV)/group-bench ## what a call costs
 	@$(PY) bench/overhead.py $(ARGS)
@@ -379,19 +407,31 @@ ENDLESS := \
 NOT_313T := --deselect \
     tests/test_interpreters.py::test_a_module_imported_100_times_leaves_nothing
 
+# Each process writes what it finds into a file of its own; forked children
+# make threads, too.  The suppressions are CPython's, with its reasons.
+TSAN_SETTINGS := suppressions=$(CURDIR)/build/tsan/suppressions:exitcode=0
+TSAN_SETTINGS := $(TSAN_SETTINGS):log_path=$(CURDIR)/build/tsan/found
+TSAN = PYTHON_GIL=0 TSAN_OPTIONS="$(TSAN_SETTINGS):die_after_fork=0" $(FIXED)
+# Not the storm: what ThreadSanitizer remembers of all memory looks like a leak,
+# and each result is late.  And these threads are too slow to meet at all.
+NOT_TSAN = $(NOT_313T) --deselect \
+    tests/test_threads.py::test_a_victim_is_closed_while_8_threads_use_it
+
 # These build the package in a copy: the module of .venv lies in src, and
 # setuptools would take the objects of other flags from build.
 COPIED := pyproject.toml setup.py README.md LICENSE src
+FLAGS_asan := $(SANITIZE)
 build/%/built: $(MAKEFILE_LIST) setup.py pyproject.toml $(C_FILES) \
     $(H_FILES) $(wildcard src/mrelease/*.py) tests/native/victim.c
 	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" gcc
 	@echo "== Setting up build/$*"
 	@case $* in \
-	asan | coverage | vm) python="$(PYTHON)" ;; \
-	*) python="$$($(PYTHON) tests/free_threaded.py)" ;; \
+	free-threaded) python="$$($(PYTHON) tests/get_python.py 3.13t)" ;; \
+	debug) python="$$($(PYTHON) tests/get_python.py 3.13d)" ;; \
+	*) python="$(PYTHON)" ;; \
 	esac && "$$python" -m venv --clear build/$*
 	@build/$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	@build/$*/bin/python -m pip install --quiet --group test
+	@build/$*/bin/python -m pip install --quiet --group test-core
 	@mkdir build/$*/copy && cp -r $(COPIED) build/$*/copy && \
 	    rm -f build/$*/copy/src/mrelease/*.so
 	@$(if $(filter coverage,$*),for part in module drive; do \
@@ -414,6 +454,25 @@ build/coverage/drive: build/coverage/built tests/native/drive.c
 	@gcc -pthread $(COUNT) build/coverage/driver.o build/coverage/drive.o \
 	    $(filter-out %/_mrelease.o,$(patsubst src/%.c,$(COVERAGE)/copy/build/temp*/src/%.o,$(C_FILES))) \
 	    -o $@
+
+# pip would take minutes with ThreadSanitizer: what it has installed for the
+# Python of the same kind without is copied.
+build/tsan/built: build/free-threaded/built
+	@$(PYTHON) -c "$$PREFLIGHT" "$(PYTHON)" clang
+	@echo "== Setting up build/tsan"
+	@python="$$($(PYTHON) tests/get_python.py 3.13t-tsan)" && \
+	    TSAN_OPTIONS=report_bugs=0 $(FIXED) "$$python" -m venv --clear \
+	        --without-pip build/tsan
+	@cp -r build/free-threaded/lib/python*/site-packages \
+	    build/tsan/lib/python*/
+	@rm -rf build/tsan/lib/python*/site-packages/mrelease* \
+	    build/free-threaded/copy/build
+	@CC=clang MRELEASE_CFLAGS="-g -fsanitize=thread" \
+	    build/free-threaded/bin/python -m pip install --quiet --no-deps \
+	    --target build/tsan/lib/python*/site-packages \
+	    build/free-threaded/copy
+	@cp build/free-threaded/victim build/tsan/victim
+	@touch $@
 
 # A fresh environment of Python 3.x for `make wheels`, each time.
 .PHONY: $(WHEEL_ENVS)
