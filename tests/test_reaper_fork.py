@@ -215,7 +215,7 @@ def test_multiprocessing_starts_beside_a_reaper(
         warnings.simplefilter("ignore", DeprecationWarning)
         process = context.Process(target=_import_and_see)  # type: ignore[attr-defined]
         process.start()
-    process.join(60)
+    process.join(240)
     assert process.exitcode == 7
     process.close()
     with victims.asleep(1) as victim:
