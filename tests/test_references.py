@@ -82,9 +82,12 @@ def measure(name: str) -> Measure:
             min(a, b) - max(c, d)
             for a, b, c, d in zip(*shared[-2:], *shared[1:3], strict=True)
         )
-        # With asyncio and other threads there are caches. Still one kept in
-        # one of the ways to call it is twice that many.
-        return Measure(times, grown, moved, times if case.caches else 10)
+        # Caches of Python fill up only in the course of some hundred calls,
+        # and some are made for fewer. Still one that is kept by one of the
+        # ways to call it is 2 * times.
+        few = case.many <= 10_000
+        allowed = max(10, times if few else times // 10)
+        return Measure(times, grown, moved, allowed)
 
 
 @pytest.mark.parametrize("name", test_no_leaks.CASES)
@@ -98,4 +101,4 @@ def test_no_call_keeps_a_reference(name: str) -> None:
 @pytest.mark.parametrize("name", ["leak_of_a_block", "leak_of_a_reference"])
 def test_a_reference_that_is_kept_is_seen(name: str) -> None:
     found = kernel_errors.in_child(measure, name)
-    assert found.grown >= 2 * found.times > 2 * found.allowed
+    assert found.grown >= 2 * found.times > found.allowed
