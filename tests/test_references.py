@@ -36,7 +36,7 @@ SHARED = test_no_leaks._SHARED
 
 def total() -> int:
     gc.collect()
-    return int(sys.gettotalrefcount())  # type: ignore[attr-defined]
+    return int(sys.gettotalrefcount())
 
 
 def call_all(case: test_no_leaks.Case, times: int) -> None:

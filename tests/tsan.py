@@ -38,7 +38,8 @@ def race(library: str) -> None:
 
 def main() -> None:
     if sys.argv[1] == "--race":
-        return race(sys.argv[2])
+        race(sys.argv[2])
+        return
     folder = Path(sys.argv[1])
     found = [
         part
@@ -56,7 +57,7 @@ def main() -> None:
     )
     figures = {"findings": len(found), "with_mrelease": len(ours)}
     report.write("tsan", {**figures, "python": "3.13t"})
-    return sys.exit(bool(found))
+    sys.exit(bool(found))
 
 
 if __name__ == "__main__":
