@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime as dt
 import json
 import math
 import os
@@ -60,6 +59,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mrelease
+import report
 import victims
 from cgroups import Gauge
 from mrelease.closing import Closing
@@ -753,20 +753,6 @@ def run_in_machine(
     return run.returncode or panic, told
 
 
-def write_report(target: str, report: Numbers, file: Path | None) -> None:
-    """Into a file, if one is asked for, and into $MRELEASE_REPORT."""
-    report = {
-        "target": target,
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        **report,
-    }
-    folder = os.environ.get("MRELEASE_REPORT")
-    files = [file] if file else []
-    files += [Path(folder) / f"{target}.json"] if folder else []
-    for each in files:
-        each.write_text(json.dumps(report, indent=1) + "\n")
-
-
 SHOWN = (
     ("rounds", "rounds", ("",)),
     ("oom_kills", "OOM kills", ("",)),
@@ -890,7 +876,7 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     begun = time.monotonic()
-    report: Numbers = {
+    figures: Numbers = {
         "seed": seed,
         "load": round(os.getloadavg()[0], 1),
         "host_cpus": len(os.sched_getaffinity(0)),
@@ -911,20 +897,20 @@ def main() -> int:
             failed.append(f"{swap}: exit code {code}")
         for name in ("kernel", "cpus", "thp"):
             if name in told:
-                report[name] = told.pop(name)
-        report |= {f"{swap}_{name}": value for name, value in told.items()}
+                figures[name] = told.pop(name)
+        figures |= {f"{swap}_{name}": value for name, value in told.items()}
         kills = told.get("reaper_oom_kills")
         if kills is None:
             failed.append(f"{swap}: no figures")
         elif kills or told["reaper_successors_killed"]:
             failed.append(f"{swap}: {kills} OOM kills with the Reaper")
     for swap in machines:
-        if f"{swap}_memory_mib" in report:
-            print_table(report, swap)
-    report["took_s"] = round(time.monotonic() - begun)
-    report["failed"] = "; ".join(failed)
-    write_report("pressure", report, args.json)
-    print(f"\n{report['took_s']} s; {report['failed'] or 'all as promised'}")
+        if f"{swap}_memory_mib" in figures:
+            print_table(figures, swap)
+    figures["took_s"] = round(time.monotonic() - begun)
+    figures["failed"] = "; ".join(failed)
+    report.write("pressure", figures, args.json)
+    print(f"\n{figures['took_s']} s; {figures['failed'] or 'all as promised'}")
     return 1 if failed else 0
 
 

@@ -57,6 +57,7 @@ import families
 import kernel_errors
 import mrelease
 import pressure
+import report
 import victims
 from cgroups import Gauge, Unavailable, allowance
 from mrelease import Outcome
@@ -213,7 +214,9 @@ class Subject:
         )
 
 
-def lies(s: Subject, r: Release, took: float, late: float) -> Iterator[str]:
+def lies(
+    s: Subject, r: Release, took: float, late: float = LATE
+) -> Iterator[str]:
     """What a result says that is not so; the victim is not waited for."""
     ended = s.victim.ended()
     waited = s.terms.timeout
@@ -1471,7 +1474,7 @@ def in_machine(asked: argparse.Namespace, seed: int) -> int:
     )
     told["took_s"] = round(time.monotonic() - begun)
     told["exit_code"] = code
-    pressure.write_report("soak-machine", told, asked.json)
+    report.write("soak-machine", told, asked.json)
     return code
 
 
@@ -1535,7 +1538,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     faulthandler.cancel_dump_traceback_later()
     took = time.monotonic() - begun
     false = soak.wrong.total()
-    report: pressure.Numbers = {
+    figures: pressure.Numbers = {
         "kernel": platform.release(),
         "cpus": len(os.sched_getaffinity(0)),
         "seed": seed,
@@ -1545,9 +1548,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         **soak.report(),
     }
     if asked.inside:
-        print(f"{pressure.MARK}{json.dumps(report)}", flush=True)
+        print(f"{pressure.MARK}{json.dumps(figures)}", flush=True)
     else:
-        pressure.write_report("soak", report, asked.json)
+        report.write("soak", figures, asked.json)
     fallen = soak.fallen
     print(f"\nseed {seed}: {fallen} victims in {took:.0f} s, {false} false")
     if interrupted:
