@@ -12,11 +12,9 @@ then nothing is left behind: victims and guards see the end of Python.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import signal
-import time
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -27,6 +25,7 @@ import pytest
 import cgroups
 import kernel_errors
 import kill_ways
+import report
 import victims
 
 if TYPE_CHECKING:
@@ -172,27 +171,22 @@ def pytest_terminal_summary(
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With $MRELEASE_REPORT: what became of each test, for the docs."""
+    """With $MRELEASE_REPORT: what became of all tests, for the docs."""
+    config = session.config
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not (
+        config.getoption("--quick") or config.getoption("--one-of-each")
+    )
     folder = os.environ.get("MRELEASE_REPORT")
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if folder is None or reporter is None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if folder is None or reporter is None or not whole:
         return
     tests: dict[str, Counter[str]] = defaultdict(Counter)
     for word in ("passed", "failed", "error", "skipped"):
-        for report in reporter.stats.get(word, ()):
-            tests[report.nodeid.partition("[")[0]][word] += 1
-    Path(folder, "test.json").write_text(
-        json.dumps(
-            {
-                "target": "test",
-                "date": time.strftime("%Y-%m-%d"),
-                "kernel": os.uname().release,
-                "python": platform.python_version(),
-                "tests": dict(sorted(tests.items())),
-            },
-            indent=1,
-        )
-        + "\n"
+        for each in reporter.stats.get(word, ()):
+            tests[each.nodeid.partition("[")[0]][word] += 1
+    counts = {name: dict(found) for name, found in sorted(tests.items())}
+    report.write(
+        "test", {"python": platform.python_version(), "tests": counts}
     )
 
 

@@ -29,7 +29,7 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 def write(
     name: str,
-    figures: Mapping[str, float | str],
+    figures: Mapping[str, object],
     file: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write the figures; those of other names that are there stay."""
