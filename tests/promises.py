@@ -96,13 +96,16 @@ def page(kept: Reports) -> str:
                 f"| {figures(promise, kept)} |"
             )
     if "vm" in kept:
-        lines += ["", "## Every kernel", "", *machines(kept["vm"]["rows"])]
+        lines += ["", "## Every kernel", "", *machines(kept["vm"])]
     return "\n".join(lines) + "\n"
 
 
-def machines(rows: list[dict[str, Any]]) -> list[str]:
+def machines(found: dict[str, Any]) -> list[str]:
+    rows = found["rows"]
     lines = [
-        "`make vm`: the installed wheel in a machine of its own.",
+        f"`make vm` on {found['date']}: the installed wheel, in machines",
+        "that are emulated, new each time.",
+        f"The arguments of pytest were `{found['pytest']}`.",
         "",
         "| kernel | architecture | user | passed | failed | skipped |",
         "| --- | --- | --- | --: | --: | --: |",

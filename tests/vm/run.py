@@ -789,7 +789,7 @@ def table(results: list[Result]) -> str:
     return "\n".join(text)
 
 
-def report(results: list[Result]) -> str:
+def report(results: list[Result], arguments: list[str]) -> str:
     rows = [
         {
             "kernel": result.version,
@@ -804,7 +804,12 @@ def report(results: list[Result]) -> str:
         }
         for result in results
     ]
-    made = {"target": "vm", "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    made = {
+        "target": "vm",
+        "date": time.strftime("%Y-%m-%d"),
+        "pytest": shlex.join(arguments),
+        "rows": rows,
+    }
     return json.dumps(made, indent=1) + "\n"
 
 
@@ -889,7 +894,7 @@ def main() -> int:
     print(*(result.line for result in results), sep="\n")
     print("\n" + table(results))
     if options.json is not None:
-        options.json.write_text(report(results))
+        options.json.write_text(report(results, options.arguments))
     return next(filter(None, (result.code for result in results)), 0)
 
 
