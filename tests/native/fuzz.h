@@ -38,7 +38,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
         if (!(so)) {                                                          \
             fprintf(stderr, "cannot be fuzzed here: %s: %s\n", #so,           \
                     strerror(errno));                                         \
-            exit(77);                                                         \
+            exit(86);                                                         \
         }                                                                     \
     } while (0)
 

@@ -10,9 +10,22 @@
 #include <sched.h>              /* unshare() */
 #include <sys/mount.h>
 #include <sys/stat.h>           /* mkdirat() */
+#include <sys/vfs.h>            /* fstatfs() */
 
 #include "fuzz.h"
+
+/* What is mounted here is to be believed: what comes after is tested. */
+static int
+always_procfs(int fd, struct statfs *found)
+{
+    int err = fstatfs(fd, found);
+    found->f_type = 0x9fa0;     /* PROC_SUPER_MAGIC */
+    return err;
+}
+
+#define fstatfs always_procfs
 #include "procfs.c"
+#undef fstatfs
 
 #define MOST_NAMES 128
 
@@ -124,6 +137,23 @@ expect_dying(char state, const long long *fields)
     return fields[20] > 1 ? number != 0 : is_over || code != 0;
 }
 
+/* The number at the begin of a stat is the child's; as it is after a 0. */
+static size_t
+with_pid(char *text, size_t room, const uint8_t *data, size_t size)
+{
+    size_t have = 0;
+    if (size == 0 || *data != '0') {
+        have = (size_t)snprintf(text, room, "%d", (int)victim);
+        while (size > 0 && isdigit(*data)) {
+            data++;
+            size--;
+        }
+    }
+    size = size < room - have ? size : room - have;
+    memcpy(text + have, data, size);
+    return have + size;
+}
+
 static void
 try_stat(const uint8_t *data, size_t size)
 {
@@ -131,15 +161,16 @@ try_stat(const uint8_t *data, size_t size)
     char text[1024];
     long long fields[53] = {0};
 
-    fill(stat_file, data, size);
+    size = with_pid(text, sizeof(text) - 1, data, size);
+    fill(stat_file, (const uint8_t *)text, size);
     int err = procfs_read_stat(victim, &found);
 
-    size = size < sizeof(text) - 1 ? size : sizeof(text) - 1;
-    memcpy(text, data, size);
     text[size] = '\0';
     const char *end = text + strlen(text);
     const char *name_ends = memrchr(text, ')', (size_t)(end - text));
-    if (name_ends == NULL || end - name_ends < 3) {
+    if (strtoll(text, NULL, 10) != victim || name_ends == NULL ||
+        end - name_ends < 3)
+    {
         CHECK(err == ESRCH);
         return;
     }

@@ -82,6 +82,9 @@ expect_line(struct expected *expected, const char *line, const char *end)
     if (is_key(line, colon, "Tgid")) {
         status->tgid = (pid_t)number;
     }
+    if (is_key(line, colon, "Pid")) {
+        status->pid = (pid_t)number;
+    }
     if (is_key(line, colon, "Threads")) {
         status->threads = (int)number;
     }
@@ -108,7 +111,8 @@ compare(const char *text, size_t size, int err, struct procfs_status *found)
         line = end + 1;
     }
     const struct procfs_status *wanted = &expected.status;
-    CHECK(err == (wanted->threads > 0 ? 0 : ESRCH));
+    bool known = wanted->threads > 0 && wanted->pid == TID;
+    CHECK(err == (known ? 0 : ESRCH));
     CHECK(found->anon == wanted->anon && found->file == wanted->file);
     CHECK(found->shmem == wanted->shmem && found->swap == wanted->swap);
     CHECK(found->hugetlb == wanted->hugetlb);
