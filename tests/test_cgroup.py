@@ -58,6 +58,7 @@ def untouched(victim: victims.Process) -> bool:
 # ----------------------------------------------------------------- it kills
 
 
+@pytest.mark.needs("release")
 def test_all_are_killed_and_released(group: Plain) -> None:
     with (
         victims.asleep(16, groups=[group]) as a,
