@@ -433,7 +433,8 @@ PyDoc_STRVAR(open_inside_doc,
 static PyObject *
 open_inside(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    int at, flags;
+    int at;
+    int flags;
     PyObject *name;
     if (!PyArg_ParseTuple(args, "iO&i", &at, PyUnicode_FSConverter, &name,
                           &flags))
@@ -451,7 +452,8 @@ open_inside(PyObject *Py_UNUSED(module), PyObject *args)
         .resolve = SYS_RESOLVE_NO_XDEV | SYS_RESOLVE_NO_MAGICLINKS |
                    SYS_RESOLVE_NO_SYMLINKS | SYS_RESOLVE_BENEATH,
     };
-    int fd, err;
+    int fd;
+    int err;
     Py_BEGIN_ALLOW_THREADS
     fd = sys_openat2(at, file, &how);
     if (fd < 0 && (errno == ENOSYS || errno == EPERM)) {

@@ -33,6 +33,7 @@ extern char counters_end[] HIDDEN;
 struct gcov_info;
 
 /* Of each object, from the linker (-fprofile-info-section=gcov_info). */
+/* NOLINTBEGIN(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp) */
 extern const struct gcov_info *const __start_gcov_info[] HIDDEN;
 extern const struct gcov_info *const __stop_gcov_info[] HIDDEN;
 
@@ -43,6 +44,7 @@ __gcov_info_to_gcda(const struct gcov_info *info,
                     void (*write_part)(const void *data, unsigned size,
                                        void *arg),
                     void *(*allocate)(unsigned size, void *arg), void *arg);
+/* NOLINTEND(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp) */
 
 static _Noreturn void
 give_up(const char *what)
@@ -102,7 +104,8 @@ write_all(void)
 static void __attribute__((constructor))
 share_counters(void)
 {
-    size_t size = (size_t)(counters_end - counters_begin);
+    /* Of one section, by the linker. */
+    size_t size = (uintptr_t)counters_end - (uintptr_t)counters_begin;
     struct stat found;
     int fd = open(COUNTERS, O_RDWR | O_CLOEXEC);
 

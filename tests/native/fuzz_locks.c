@@ -17,9 +17,9 @@
 #include "locks.c"
 #include "procfs.c"
 
-#define PAGE 4096u
-#define PAGES 3u                /* and one that cannot be read */
-#define NODES 8u
+#define PAGE ((size_t)4096)
+#define PAGES 3                 /* and one that cannot be read */
+#define NODES 8U
 #define THREADS 3
 
 /* What the zygote, a child, and this process share.  Its threads take a list
@@ -131,7 +131,7 @@ address_of_node(unsigned number)
 static uintptr_t
 address_of_head(unsigned number)
 {
-    return (uintptr_t)memory + number % THREADS * 64;
+    return (uintptr_t)memory + (size_t)64 * (number % THREADS);
 }
 
 static uintptr_t

@@ -371,7 +371,7 @@ now(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    return (uint64_t)t.tv_sec * 1000000000U + (uint64_t)t.tv_nsec;
 }
 
 /* All that growing needs but the pages themselves. */
@@ -409,12 +409,14 @@ grow(void)
 {
     struct progress *p = growth.progress;
     char byte;
+    /* No lock is held. NOLINTNEXTLINE(clang-analyzer-unix.*) */
     while (read(growth.start, &byte, 1) != 1) {
         if (errno != EINTR) {
             die(want.start);
         }
     }
-    uint64_t before = now(), none = 0;
+    uint64_t before = now();
+    uint64_t none = 0;
     atomic_compare_exchange_strong(&p->began, &none, before);
     for (;;) {
         size_t at = atomic_fetch_add(&growth.next, GROW_STEP);
@@ -423,7 +425,8 @@ grow(void)
         }
         write_touch(growth.memory + at, GROW_STEP, page);
         atomic_fetch_add(&p->touched, GROW_STEP);
-        uint64_t after = now(), took = after - before;
+        uint64_t after = now();
+        uint64_t took = after - before;
         uint64_t longest = atomic_load(&p->longest);
         while (took > longest &&
                !atomic_compare_exchange_weak(&p->longest, &longest, took))
