@@ -94,7 +94,7 @@ def test_einval_for_flags_which_are_looked_at_before_the_fd(
 def test_einval_for_flags_on_a_dying_victim_whose_memory_stays() -> None:
     with victims.held(SIZE, killed=True) as victim:
         assert failed(victim.pidfd, 1) == "EINVAL"
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
 
 
 # ----------------------------------------------------------- EBADF: the fd
@@ -143,7 +143,7 @@ def test_ebadf_for_a_directory_of_proc() -> None:
                 Victim.from_pidfd(fd)
         finally:
             os.close(fd)
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
 
 
 # --------------------------------------------- ESRCH: nobody, or no memory
@@ -219,7 +219,7 @@ def test_esrch_for_a_thread_that_is_not_the_leader(kill: Kill) -> None:
                 Victim.from_pidfd(fd)
             with pytest.raises(ValueError, match="thread"):
                 kill(tid)
-            assert victim.rss_anon() >= SIZE * MIB
+            assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
             # By the leader's it is within reach.
             process_mrelease(victim.pidfd)
             assert victim.rss_anon() == 0
@@ -233,20 +233,21 @@ def out_of_reach(
     """A victim past exit_mm() in the midst of a long exit_mmap().
 
     It has SCHED_IDLE and nearly no CPU: what follows exit_mm() takes it
-    seconds. Was it done before anybody could look, another is tried.
+    seconds. Was much of it done before anybody could look, another is tried.
     """
     for _ in range(10):
         victim = stack.enter_context(victims.starved(128, groups=[meter]))
         pinned = stack.enter_context(Victim(victim.pid))
         victim.popen.kill()
         victims.wait_until(lambda v=victim: not v.has_mm(), "past exit_mm()")  # type: ignore[misc]
-        if not victim.ended() and meter.usage() > 32 * MIB:
+        if not victim.ended() and meter.usage() > 96 * MIB:
             return victim, pinned
         victim.close()
     raise cgroups.Unavailable("10 victims were not starved enough")
 
 
 @pytest.mark.needs("starved", "seccomp")
+@pytest.mark.needs("release")
 def test_esrch_for_a_victim_out_of_reach_with_its_memory_still_held(
     stack: ExitStack, meter: cgroups.Meter, answered: Answered
 ) -> None:
@@ -290,7 +291,7 @@ def test_esrch_without_an_end_is_exiting_at_the_deadline(
         assert not release.freed
         assert release.errno == errno.ESRCH
         assert release.exited is None
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
 
 
 @pytest.mark.needs("seccomp")
@@ -323,11 +324,12 @@ def test_einval_for_a_live_process_which_goes_on() -> None:
         assert release.attempts == 1
         assert release.signalled is None
         assert not release.raised
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
         assert victim.state() == "R"
 
 
 @pytest.mark.parametrize("kind", ["asleep", "stopped", "frozen"])
+@pytest.mark.needs("release")
 def test_einval_for_a_live_process_that_does_not_run(kind: str) -> None:
     victims.need(kind)
     with victims.kinds()[kind](SIZE) as victim:
@@ -336,7 +338,7 @@ def test_einval_for_a_live_process_that_does_not_run(kind: str) -> None:
             release = pinned.release(timeout=30)
         assert release.outcome is Outcome.ALIVE
         assert not release.freed
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
 
 
 @pytest.mark.needs("release")
@@ -344,7 +346,7 @@ def test_einval_after_a_signal_that_the_victim_handles_or_ignores() -> None:
     with victims.asleep(SIZE, sigterm="ignore") as victim:
         victim.popen.terminate()
         assert failed(victim.pidfd) == "EINVAL"
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
 
 
 @pytest.mark.needs("release")
@@ -392,7 +394,7 @@ def test_einval_for_memory_shared_with_a_live_process() -> None:
             assert release.outcome is Outcome.SHARED
             assert not release.freed
             assert release.errno == errno.EINVAL
-            assert victim.rss_anon() >= SIZE * MIB
+            assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
 
             # The sharer dies: now it is the victim's alone.
             victim.end_sharer()
@@ -426,7 +428,7 @@ def test_einval_while_a_core_dump_is_in_progress(kill: Kill) -> None:
                 assert release.errno == errno.EINVAL
                 assert not release.raised
                 assert victim.core_dumping()
-                assert victim.rss_anon() >= SIZE * MIB
+                assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
             victim.let_go()
             release = pinned.release(timeout=30)
             assert release.outcome in (Outcome.EXITED, Outcome.RELEASED)
@@ -439,7 +441,7 @@ def test_einval_while_a_core_dump_is_in_progress(kill: Kill) -> None:
 @pytest.mark.needs("release")
 def test_success_for_a_victim_that_is_dying_and_has_not_ended() -> None:
     with victims.held(SIZE, killed=True) as victim:
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
         process_mrelease(victim.pidfd)
         assert victim.rss_anon() == 0
         assert not victim.ended()
@@ -570,7 +572,7 @@ def test_eagain_for_ever_is_partial_at_the_deadline(
         assert release.attempts > 5
         assert release.released is None
         assert release.exited is None
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
 
 
 @pytest.mark.needs("seccomp")
@@ -652,7 +654,7 @@ def test_eintr_ends_process_mrelease_if_the_handler_raises(
         with pytest.raises(Enough):
             kernel.run(run)
         assert kernel.count("process_mrelease") == 1
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
 
 
 @pytest.mark.needs("seccomp")
@@ -669,7 +671,7 @@ def test_only_a_fatal_signal_ends_the_wait_inside_the_call(
         with pytest.raises(kernel_errors.ChildKilled) as caught:
             job.result()
         assert caught.value.signal == signal.SIGKILL
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
 
 
 # ------------------------------------------------------- EPERM and ENOSYS
@@ -718,7 +720,7 @@ def test_eperm_and_enosys_nothing_is_freed_while_the_victim_is_held(
         assert release.errno == getattr(errno, name)
         assert release.exited is None
         assert not release.freed
-        assert victim.rss_anon() >= SIZE * MIB
+        assert victim.rss_anon() >= victims.nearly(SIZE * MIB)
         victims.wait_held(victim)
 
 
