@@ -124,12 +124,23 @@ def machines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def newest(before: dict[str, Any], now: dict[str, Any]) -> list[Any]:
+    """Rows of machines that were not booted this time stay."""
+    rows = {
+        (*row["kernel"].split(".")[:2], row["arch"], row["user"]): row
+        for row in before.get("rows", []) + now["rows"]
+    }
+    return list(rows.values())
+
+
 def collect(folder: Path, kept: Reports) -> Reports:
     """Take what the page tells of the reports in a folder."""
     kept = dict(kept)
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
         name = report["target"]
+        if name == "vm":
+            report["rows"] = newest(kept.get("vm", {}), report)
         if name != "test":
             kept[name] = report
             continue

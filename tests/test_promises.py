@@ -50,3 +50,15 @@ def test_counts_are_of_the_function_or_of_the_whole_file() -> None:
     assert one == {"passed": 2, "skipped": 1}
     whole = promises.of_test("tests/test_a.py", tests)
     assert whole == {"passed": 5, "skipped": 1}
+
+
+def test_a_machine_that_was_booted_alone_replaces_its_own_row() -> None:
+    def row(kernel: str, user: str, passed: int) -> dict[str, object]:
+        return {"kernel": kernel, "arch": "x", "user": user, "passed": passed}
+
+    before = {"rows": [row("6.1.0-1", "root", 1), row("6.1.0-1", "nobody", 2)]}
+    now = {"rows": [row("6.1.0-2", "root", 3)]}
+    assert promises.newest(before, now) == [
+        row("6.1.0-2", "root", 3),
+        row("6.1.0-1", "nobody", 2),
+    ]

@@ -93,8 +93,8 @@ LIBRARIES = ("gcc_s", "seccomp")
 # cmpxchg16b.
 LEFT_OUT = ("matplotlib",)
 
-PACKAGES = Path("/packages")
-"""Where they are in a machine of another architecture."""
+PACKAGES = Path("/usr/local/lib/python3.13/dist-packages")
+"""Where Debian's Python of another architecture looks for them."""
 
 UNNEEDED = {
     *("ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"),
@@ -548,8 +548,6 @@ def pack(
         "TMPDIR": "/var/tmp",
         "PYTHONUNBUFFERED": "1",
     }
-    if job.arch != HERE:
-        environment["PYTHONPATH"] = str(PACKAGES)
     version = "import platform; print('@vm python', platform.python_version())"
     # No cache: the tests' folder may belong to somebody else.
     color = "yes" if sys.stdout.isatty() else "no"
@@ -568,7 +566,9 @@ def pack(
     text = "\n".join(lines) + "\n"
     if job.user != "root":
         archive.write("/run-as-user", text.encode(), executable=True)
-        text = f"#!/bin/sh\nexec su -s /bin/sh -c /run-as-user {job.user}\n"
+        # Not another su, which would ask PAM.
+        su = f"busybox su -s /bin/sh -c /run-as-user {job.user}"
+        text = f"#!/bin/sh\nexec {su}\n"
     archive.write("/run-tests", text.encode(), executable=True)
 
     archive.link("/etc/mtab", "/proc/self/mounts")
