@@ -271,6 +271,7 @@ wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
 	@echo "== Built again, elsewhere and otherwise: the same bytes"
 	@$(PY) tests/reproducible.py $(PY) \
 	    build/python-$(word 2,$(WHEEL_PYTHONS))/bin/python dist
+	@$(PYTHON) tests/report.py wheels builds=2
 	@echo "== twine, auditwheel, abi3audit"
 	@$(VENV)/bin/twine check --strict dist/*
 	@for wheel in dist/*.whl; do \
