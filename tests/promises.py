@@ -161,7 +161,7 @@ def main(folders: list[str]) -> None:
     for folder in folders:
         kept = collect(Path(folder), kept)
     KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
-    PAGE.write_text(page(kept))
+    PAGE.write_text(page(json.loads(KEPT.read_text())))
 
 
 if __name__ == "__main__":
