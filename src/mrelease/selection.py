@@ -616,7 +616,8 @@ def kill_tree(
     Then its processes are stopped (SIGSTOP), so that none can fork any more,
     and looked at again, and only then killed and released in parallel, by the
     reaper or by one that is made for the call.  What does not get to run, and
-    so does not stop, is waited for only some 20 ms.  A root whose parent is
+    so does not stop, is waited for only some 20 ms (4 ms more for each
+    process that there is per CPU).  A root whose parent is
     neither the caller nor pid 1 is not stopped: that parent might see it, and
     stop as well, for good (sudo does).  Such a root is killed first; what it
     forked just before is found if it has not ended by then.
