@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import cgroups
 import families
+import heap
 import kernel_errors
 import mrelease
 import pressure
@@ -359,25 +360,6 @@ class Stock(NamedTuple):
         )
 
 
-class _MallInfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
-            "fsmblks", "uordblks", "fordblks", "keepcost",
-        )
-    ]  # fmt: skip
-
-
-def _heap() -> int:
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2"):  # glibc 2.33
-        return 0
-    libc.mallinfo2.restype = _MallInfo
-    info = libc.mallinfo2()
-    return int(info.uordblks + info.hblkhd)
-
-
 def take_stock() -> Stock:
     """What this process has, once nothing more goes."""
     last: Stock | None = None
@@ -391,7 +373,7 @@ def take_stock() -> Stock:
             len(os.listdir("/proc/self/fd")),
             int(status["Threads"]),
             len(victims.children() - cgroups.guards()),
-            _heap(),
+            heap.in_use(),
             sys.getallocatedblocks(),
             int(status["RssAnon"].split()[0]) * 1024,
         )

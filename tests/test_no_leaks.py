@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+import heap
 import kernel_errors
 import mrelease
 import victims
@@ -730,26 +731,6 @@ ALLOWED = {
 }
 
 
-class _MallInfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
-            "fsmblks", "uordblks", "fordblks", "keepcost",
-        )
-    ]  # fmt: skip
-
-
-def _heap() -> int:
-    """Bytes in use of the C heap, by glibc 2.33; 0 elsewhere."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2"):
-        return 0
-    libc.mallinfo2.restype = _MallInfo
-    info = libc.mallinfo2()
-    return int(info.uordblks + info.hblkhd)
-
-
 _SHARED: list[object] = [
     None, True, False, (), "", b"", int, str, dict, tuple, OSError, ValueError,
     TypeError, ProcessLookupError, OverflowError, _mrelease, sys.audit,
@@ -770,7 +751,7 @@ def take_stock() -> dict[str, int]:
         "fds": len(os.listdir("/proc/self/fd")),
         "threads": int(status["Threads"]),
         "blocks": sys.getallocatedblocks(),
-        "heap": _heap(),
+        "heap": heap.in_use(),
         "references": (
             total()
             if total is not None
@@ -778,6 +759,18 @@ def take_stock() -> dict[str, int]:
         ),
         "memory": int(status["RssAnon"].split()[0]) * 1024,
     }
+
+
+def call_all(case: Case, times: int) -> None:
+    for _ in range(times):
+        for call in case.good:
+            call()
+        for call in case.bad:
+            try:
+                call()
+            except FAILURES:
+                continue
+            raise AssertionError(f"no error: {call}")
 
 
 def measure(name: str) -> dict[str, object]:
@@ -790,15 +783,7 @@ def measure(name: str) -> dict[str, object]:
         stock = [array("q", [0] * len(ALLOWED)) for _ in range(10)]
         for row in stock:
             begun = time.perf_counter()
-            for _ in range(batch):
-                for call in case.good:
-                    call()
-                for call in case.bad:
-                    try:
-                        call()
-                    except FAILURES:
-                        continue
-                    raise AssertionError(f"no error: {call}")
+            call_all(case, batch)
             taken += time.perf_counter() - begun
             for i, value in enumerate(take_stock().values()):
                 row[i] = value

@@ -39,18 +39,6 @@ def total() -> int:
     return int(sys.gettotalrefcount())
 
 
-def call_all(case: test_no_leaks.Case, times: int) -> None:
-    for _ in range(times):
-        for call in case.good:
-            call()
-        for call in case.bad:
-            try:
-                call()
-            except test_no_leaks.FAILURES:
-                continue
-            raise AssertionError(f"no error: {call}")
-
-
 class Measure(NamedTuple):
     """Of two rounds."""
 
@@ -72,7 +60,7 @@ def measure(name: str) -> Measure:
         totals = array("q", [0] * ROUNDS)
         shared = [array("q", [0] * len(SHARED)) for _ in range(ROUNDS)]
         for i in range(ROUNDS):
-            call_all(case, times)
+            test_no_leaks.call_all(case, times)
             totals[i] = total()
             for j, each_shared in enumerate(SHARED):
                 shared[i][j] = sys.getrefcount(each_shared)
