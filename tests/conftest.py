@@ -5,8 +5,9 @@ Helpers, one module a concept: victims (processes to kill), cgroups
 functions in a child), shows (demo and bench from outside). And kill_ways,
 of which each test of a kill tries all.
 
-A test that hangs ends the run (faulthandler, in pyproject.toml). Also
-then nothing is left behind: victims and guards see the end of Python.
+A test that hangs fails, or ends the run (see pyproject.toml); also
+then nothing is left behind: victims and guards see the end of Python, and
+leftovers.py ends all others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import os
 import platform
 import signal
+import sys
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -25,6 +27,7 @@ import pytest
 import cgroups
 import kernel_errors
 import kill_ways
+import leftovers
 import report
 import victims
 
@@ -69,9 +72,14 @@ def _hear_signals() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    _hear_signals()
+    # It is not marked itself, and waits for the end of this process.
+    arguments = [sys.executable, "-I", leftovers.__file__, _MARK]
+    os.posix_spawn(
+        sys.executable, [*arguments, str(os.getpid())], os.environ, setsid=True
+    )
     name, _, value = _MARK.partition("=")
     os.environ[name] = value
-    _hear_signals()
     config.addinivalue_line(
         "markers",
         "needs(*kinds): victims without which the test is skipped; names "
@@ -210,19 +218,9 @@ def _orphans() -> set[int]:
         except ProcessLookupError:
             break
         for child in victims.children(pid) if pid else ():
-            with contextlib.suppress(OSError):
-                environ = Path(f"/proc/{child}/environ").read_bytes()
-                if _MARK.encode() in environ.split(b"\0"):
-                    found.add(child)
+            if leftovers.has_mark(child, _MARK):
+                found.add(child)
     return found - {os.getpid()}
-
-
-def _describe(pid: int) -> str:
-    try:
-        status = victims.status_of(pid)
-    except ProcessLookupError:
-        return f"{pid}"
-    return f"{pid} {status['Name']} ({status['State']})"
 
 
 # Python keeps this one to its end; it is no test's.
@@ -239,8 +237,7 @@ def _end_orphans(before: set[int]) -> list[str]:
     left = []
     for pid in _orphans() - before:
         with contextlib.suppress(ProcessLookupError):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            left.append(f"orphan {_describe(pid)} {command[:200]!r}")
+            left.append(f"orphan {leftovers.describe(pid)}")
             os.kill(pid, signal.SIGKILL)
     return left
 
@@ -261,7 +258,7 @@ def _nothing_left_behind() -> Iterator[None]:
     before = victims.children()
     yield
     victims.close_all()
-    left = [f"child {_describe(pid)}" for pid in _strangers(before)]
+    left = [f"child {leftovers.describe(pid)}" for pid in _strangers(before)]
     left += [f"guard {pid}" for pid in cgroups.guards()]
     left += [f"cgroup {path}" for path in cgroups.left_behind()]
     left += victims.left_behind()
@@ -273,7 +270,7 @@ def _no_child_left(_nothing_left_behind: None) -> Iterator[None]:
     """After each test: no child that it started, dead or alive; no orphan."""
     before, orphans = victims.children(), _orphans()
     yield
-    left = [_describe(pid) for pid in _strangers(before)]
+    left = [leftovers.describe(pid) for pid in _strangers(before)]
     if _orphans() - orphans:
         left += _end_orphans(orphans)
     assert not left, f"processes left behind by this test: {left}"
