@@ -457,6 +457,9 @@ class answered(Closing):  # noqa: N801 - reads as contextlib's do
         self._jobs.append(job)
         theirs.close()
         with ours:
+            # A sanitizer's locks, held by a thread at the fork, stay locked.
+            if not select.select([ours], [], [], 60)[0]:
+                raise TimeoutError(f"child {job.pid} has no filter yet")
             data, fds, _, _ = socket.recv_fds(ours, 1, 1)
             if data:
                 if fds:

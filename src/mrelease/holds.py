@@ -321,10 +321,14 @@ class Disk:
     @staticmethod
     def tool(name: str, *args: str) -> None:
         """Run a program; Unavailable with what it said if it fails."""
-        done = subprocess.run(
-            [find_tool(name) or name, *args],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [find_tool(name) or name, *args],
+                stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                timeout=60,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"{name} has not ended after 60 s") from None
         if done.returncode != 0:
             raise Unavailable(f"{name} fails: {done.stderr.strip()}")
 
