@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Literal, Self
 
-    from mrelease.release import Release
-
     Status = Literal["done", "not allowed", "not available", "skipped"]
 
 _OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
@@ -234,10 +232,10 @@ def harden(
     killed.  Where it waits for Python's GIL it waits for threads that were
     not raised.
 
-    warm_up: a child is forked, killed and released by kill(), another one by a
-    Reaper where there can be one, so that what a kill needs is in memory, and
-    stays there if it is locked.  They send no SIGCHLD and are not seen by
-    wait(); audit hooks do hear mrelease.kill.
+    warm_up: two children are forked; one is killed and released by a Reaper,
+    where there can be one, then the other by kill(), so that what a kill
+    needs is in memory, and stays there if it is locked.  They send no SIGCHLD
+    and are not seen by wait(); audit hooks do hear mrelease.kill.
 
     Raises TypeError if an argument is no bool, before anything is changed;
     nothing else.  A seccomp policy that kills the caller of mlockall(2) or
@@ -570,26 +568,26 @@ def _warm_up() -> Step:
         )
     begun = monotonic_ns()
     without = ""
+    children: list[int] = []
     try:
-        release = _kill_child(kill)
+        # Both before any is killed: a fork makes the first write to each page
+        # a fault, and those of a kill are to be behind us.
+        children += [_mrelease.start_child()]
+        children += [_mrelease.start_child()]
         try:
             with Reaper(1, spares=0) as reaper:
-                _kill_child(lambda pid: reaper.kill(pid).result())
+                reaper.kill(children[0]).result()
         except OSError as error:
             without = f", without a Reaper: {error.strerror}"
+        release = kill(children[1])
     except OSError as error:
         status, why = _refusal(error)
         return Step("warm_up", status, f"no child could be made: {why}")
+    finally:
+        for pid in children:
+            _mrelease.end_child(pid)
     took = (monotonic_ns() - begun) / 1e6
     why = (
         f"a child was forked and killed in {took:.1f} ms ({release}){without}"
     )
     return Step("warm_up", "done", why, now=took)
-
-
-def _kill_child(kill: Callable[[int], Release]) -> str:
-    pid = _mrelease.start_child()
-    try:
-        return str(kill(pid))
-    finally:
-        _mrelease.end_child(pid)
