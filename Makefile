@@ -6,15 +6,13 @@ PYTHON ?= python3
 ARGS ?=
 
 # What `make wheels` tests on; it builds on the first two.  Repeated tests have
-# fewer rounds there, each has one of its sets of parameters, and on 3.11 it is
-# only some: `make test` has them all, on the same version.
+# fewer rounds there.  On the last each has one of its sets of parameters, on the
+# others it is only some: `make test` has them all on 3.11, and the wheel of 3.12
+# is that of 3.13.  `make interpreters` has the rest.
 WHEEL_PYTHONS := 3.11 3.12 3.13
 WHEEL_ENVS := $(WHEEL_PYTHONS:%=build/python-%)
 WHEEL_SOME := $(addprefix tests/test_,command.py import.py kernel_results.py \
     reaper.py values.py)
-# The wheel of 3.12 is that of 3.13, which has all tests: not twice the longest.
-WHEEL_NOT := $(patsubst %,--ignore=tests/test_%.py,bench demo faults \
-    freed_truth fuzz no_leaks soak)
 
 # What `make vm` boots, by Debian suite: Linux 5.10, which has no such call,
 # 6.1, 6.12, and the newest; as whom; and the tests that depend most on a kernel,
@@ -174,11 +172,12 @@ fuzz: ## feed the C code that reads with any input; ARGS="--seconds 600"
 
 asan: build/asan/built ## run the tests of the C code with ASan and UBSan
 	@echo "== pytest, with AddressSanitizer and UndefinedBehaviorSanitizer"
-	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
+	@$(FIXED) env LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" \
+	    PYTHONMALLOC=malloc \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	    UBSAN_OPTIONS=print_stacktrace=1 \
 	    MRELEASE_TEST_VICTIM=$(CURDIR)/build/asan/victim \
-	    $(FIXED) build/asan/bin/python -m pytest -W error --quick \
+	    build/asan/bin/python -m pytest -W error --quick \
 	    $(TESTS_ASAN) $(ARGS)
 
 coverage: build/coverage/drive ## each branch of the C core, taken or listed
@@ -229,7 +228,7 @@ tsan: build/tsan/built ## the same with ThreadSanitizer, also in Python itself
 	@rm -f build/tsan/found.*
 	@echo "== pytest, on free-threaded Python with ThreadSanitizer"
 	@$(TSAN) build/tsan/bin/python -m pytest -W error --quick $(NOT_TSAN) \
-	    $(filter-out %/test_storm.py,$(TESTS_THREADS)) $(ARGS); \
+	    $(filter-out %/test_soak.py,$(TESTS_THREADS)) $(ARGS); \
 	    status=$$?; \
 	    $(PYTHON) tests/tsan.py build/tsan && exit $$status
 
@@ -285,9 +284,8 @@ wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
 	    (cd build/sdist && ../python-$$v/bin/python -X dev -m pytest \
 	        -W error --quick $(ARGS) \
 	        $$(case $$v in \
-	        3.11) echo $(WHEEL_SOME) ;; \
-	        3.12) echo --one-of-each $$v $(WHEEL_NOT) ;; \
-	        *) echo --one-of-each $$v ;; esac)) || exit 1; \
+	        $(lastword $(WHEEL_PYTHONS))) echo --one-of-each $$v ;; \
+	        *) echo $(WHEEL_SOME) ;; esac)) || exit 1; \
 	done
 
 interpreters: $(VENV)/group-wheels ## the tests on 3.11 to 3.15, t and d: a table
