@@ -351,6 +351,29 @@ def test_ended_by_a_signal_it_leaves_nothing(
         assert mounts() <= before
 
 
+@pytest.mark.needs("in_d_state")
+def test_a_disk_is_thawed_also_if_the_freeze_was_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a signal that came while the kernel froze it."""
+    thaw = 0xC0045878
+    with contextlib.closing(holds.Disk()) as disk:
+        real = disk._ioctl
+
+        def ioctl(request: int) -> None:
+            real(request)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(disk, "_ioctl", ioctl)
+        with pytest.raises(KeyboardInterrupt):
+            disk.freeze()
+        monkeypatch.undo()
+        disk.thaw()
+        with pytest.raises(OSError, match="Invalid argument"):
+            disk._ioctl(thaw)  # it is not frozen
+        disk.thaw()  # nothing to do
+
+
 def test_two_at_once_and_nothing_is_left_of_them() -> None:
     both = [
         subprocess.Popen(

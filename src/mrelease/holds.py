@@ -12,6 +12,7 @@ had raises Unavailable with the reason.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -341,16 +342,22 @@ class Disk:
 
     def freeze(self) -> None:
         """Let who writes wait: uninterruptible."""
+        # Before it is: an interruption may come as soon as the call returns.
+        self.frozen = True
         try:
             self._ioctl(0xC0045877)  # FIFREEZE
         except OSError as e:
+            self.frozen = False
             raise Unavailable(f"can not freeze ext4: {e.strerror}") from None
-        self.frozen = True
 
     def thaw(self) -> None:
         """Let them go on."""
         if self.frozen:
-            self._ioctl(0xC0045878)  # FITHAW
+            try:
+                self._ioctl(0xC0045878)  # FITHAW
+            except OSError as e:
+                if e.errno != errno.EINVAL:  # it was not frozen
+                    raise
             self.frozen = False
 
     def empty(self) -> None:
