@@ -5,13 +5,11 @@ PYTHON ?= python3
 # More arguments, for pytest: make test ARGS="-k locks -x"
 ARGS ?=
 
-# What `make wheels` tests on; it builds on the first two.  Repeated tests have
-# fewer rounds there.  On the last each has one of its sets of parameters, on the
-# others it is only some: `make test` has them all on 3.11, and the wheel of 3.12
-# is that of 3.13.  `make interpreters` has the rest.
+# What `make wheels` tests on; it builds on the first two.  There it is these
+# tests: `make test` has them all on 3.11, `make interpreters` on each.
 WHEEL_PYTHONS := 3.11 3.12 3.13
 WHEEL_ENVS := $(WHEEL_PYTHONS:%=build/python-%)
-WHEEL_SOME := $(addprefix tests/test_,command.py import.py kernel_results.py \
+WHEEL_TESTS := $(addprefix tests/test_,command.py import.py kernel_results.py \
     reaper.py values.py)
 
 # What `make vm` boots, by Debian suite: Linux 5.10, which has no such call,
@@ -282,10 +280,7 @@ wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
 	    build/python-$$v/bin/python -m pip install --quiet --no-index \
 	        --no-deps --find-links dist mrelease || exit 1; \
 	    (cd build/sdist && ../python-$$v/bin/python -X dev -m pytest \
-	        -W error --quick $(ARGS) \
-	        $$(case $$v in \
-	        $(lastword $(WHEEL_PYTHONS))) echo --one-of-each $$v ;; \
-	        *) echo $(WHEEL_SOME) ;; esac)) || exit 1; \
+	        -W error --quick $(WHEEL_TESTS) $(ARGS)) || exit 1; \
 	done
 
 interpreters: $(VENV)/group-wheels ## the tests on 3.11 to 3.15, t and d: a table
@@ -474,7 +469,8 @@ build/%/built: $(MAKEFILE_LIST) setup.py pyproject.toml $(C_FILES) \
 	*) python="$(PYTHON)" ;; \
 	esac && "$$python" -m venv --clear build/$*
 	@build/$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	@build/$*/bin/python -m pip install --quiet --group test-core
+	@build/$*/bin/python -m pip install --quiet --prefer-binary \
+	    --group test-core
 	@mkdir build/$*/copy && cp -r $(COPIED) build/$*/copy && \
 	    rm -f build/$*/copy/src/mrelease/*.so
 	@$(if $(filter coverage,$*),for part in module drive; do \

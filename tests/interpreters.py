@@ -107,7 +107,8 @@ def build_wheels(folder: Path) -> None:
 def install(program: str, folder: Path, dist: Path) -> str:
     """Make its environment with all that the tests need."""
     python, pip = environment(program, folder)
-    must([*pip, "install", "-q", "--group", "test-core"])
+    # Not the newest of what it would have to build.
+    must([*pip, "install", "-q", "--prefer-binary", "--group", "test-core"])
     for extra in EXTRAS:
         try:
             must([*pip, "install", "-q", "--only-binary", ":all:", extra])
