@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,19 @@ def test_20_seconds_of_soak() -> None:
     """In a process of its own: what it leaks and who it kills is counted."""
     if not mrelease.support():
         pytest.skip("no process_mrelease(2): there is nothing to release")
+    # Free-threaded 3.13 yields the CPU 40 times before it takes a lock that it
+    # holds already, as it does to close a file: beside busy processes, 0.2 s.
+    slow = sys.version_info < (3, 14) and sysconfig.get_config_var(
+        "Py_GIL_DISABLED"
+    )
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", str(SOAK),
-         "--minutes", "0.3", "--victims", "200"],
+         "--minutes", "0.3", "--victims", "200", *(["--busy=0"] * bool(slow))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
+        timeout=190,
     )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stdout
