@@ -319,7 +319,8 @@ vm: build/vm/built ## run the tests on other kernels (QEMU)
 	@echo "== The installed wheel in machines of its own"
 	@build/vm/bin/python tests/vm/run.py $(VM_KERNELS:%=--kernel %) \
 	    $(VM_USERS:%=--user %) $(if $(MRELEASE_REPORT),--json \
-	    $(MRELEASE_REPORT)/vm.json) -W error --quick $(VM_TESTS) $(ARGS)
+	    $(MRELEASE_REPORT)/vm.json) -W error --quick --timeout 600 \
+	    -o faulthandler_timeout=900 $(VM_TESTS) $(ARGS)
 
 clean: ## remove what the targets above made
 	rm -rf .venv build dist src/*.egg-info src/mrelease/*.so

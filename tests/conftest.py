@@ -17,11 +17,13 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
+import psutil
 import pytest
 
 import cgroups
@@ -71,8 +73,27 @@ def _hear_signals() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _is_memory(folder: str) -> bool:
+    path = Path(folder).resolve()
+    mounts = [
+        mount
+        for mount in psutil.disk_partitions(all=True)
+        if path.is_relative_to(mount.mountpoint)
+    ]
+    # The longest path; of those at one place the last one is on top.
+    mounts.sort(key=lambda mount: len(mount.mountpoint))
+    return bool(mounts) and mounts[-1].fstype == "tmpfs"
+
+
+def _use_a_disk() -> None:
+    """Of a tmpfs what is mapped is shared memory: a victim's program, too."""
+    if "TMPDIR" not in os.environ and _is_memory(tempfile.gettempdir()):
+        os.environ["TMPDIR"] = tempfile.tempdir = "/var/tmp"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     _hear_signals()
+    _use_a_disk()
     # It is not marked itself, and waits for the end of this process.
     arguments = [sys.executable, "-I", leftovers.__file__, _MARK]
     os.posix_spawn(

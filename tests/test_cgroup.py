@@ -484,6 +484,8 @@ print(result.unseen, len(result.releases), result.populated, result.freed)
              "-c", code, str(v2.path)],
             capture_output=True, text=True,
         )  # fmt: skip
+        if done.stderr.startswith("unshare: "):
+            raise Unavailable(f"a pid namespace: {done.stderr.strip()}")
         assert done.returncode == 0, done
         assert victim.ended(10)
     assert done.stdout == "1 0 False False\n"

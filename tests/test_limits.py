@@ -331,9 +331,11 @@ def test_without_proc_a_reaped_process_is_still_told_from_a_live_one() -> None:
     def run() -> str:
         victim = subprocess.Popen(["sleep", "60"])
         made = mrelease.Victim(victim)
-        take_away_proc()
-        victim.kill()
-        victim.wait()
+        try:
+            take_away_proc()
+        finally:
+            victim.kill()
+            victim.wait()
         with made, pytest.raises(ProcessLookupError) as caught:
             made.kill()
         return str(caught.value)
