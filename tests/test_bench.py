@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import mrelease
 import victims
 from kernel_errors import KILL, Do, answered
 from mrelease import bench, chart, holds, stage
@@ -94,6 +95,8 @@ def test_it_measures_all_kinds_and_methods_and_ends_within_a_minute(
     assert f"seed {conditions['seed']}" in out
     assert f"{conditions['cpus']} usable CPUs" in out
     for cell in report["cells"]:
+        if f"{cell['kind']}, 64.0 MiB" in report["left_out"]:
+            continue  # too much else was going on
         assert 1 <= cell["n"] == len(cell["seconds"]) <= 3
         assert sum(cell["outcomes"].values()) == cell["n"]
         if cell["median"] is not None:
@@ -176,6 +179,10 @@ def test_swapped_out_where_there_is_swap() -> None:
         ):
             swapped = victims.status_of(victim.pid)["VmSwap"]
             assert int(swapped.split()[0]) >= 32 * 1024
+        with stage.Stage() as shown:
+            found = shown.measure("swapped", 64 * MIB, mrelease.kill, 10)
+            assert found.held >= (64 * MIB if shown.meter.exact else 0)
+            assert found.seconds is not None
     finally:
         victims.close_all()
 

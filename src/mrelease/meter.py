@@ -94,9 +94,10 @@ class AvailableMeter(Meter):
 class CgroupMeter(Meter):
     """What is charged to a memory cgroup of our own, version 1 or 2.
 
-    Exact but for the 64 pages that each CPU may hold charged in advance.  All
-    processes that compete for a CPU with the measured one should be in it too:
-    a version 2 group may be a scheduling group of its own.
+    In memory, and in swap where that is counted.  Exact but for the 64 pages
+    that each CPU may hold charged in advance.  All processes that compete for
+    a CPU with the measured one should be in it too: a version 2 group may be
+    a scheduling group of its own.
 
     Made with a first member.  Raises OSError where that is not allowed.
     """
@@ -107,6 +108,7 @@ class CgroupMeter(Meter):
 
     def __init__(self, pid: int) -> None:
         super().__init__(-1)
+        self._swap = -1
         why = OSError(ENOENT, "no memory cgroup is mounted")
         for version, groups in _own_groups():
             for parent in groups:
@@ -128,11 +130,19 @@ class CgroupMeter(Meter):
             f"{parent}/mrelease-{os.getpid()}-{next(self._numbers)}"
         )
         os.mkdir(self.path)
-        file = "memory.current" if version == 2 else "memory.usage_in_bytes"
         try:
             self.add(pid)
-            self._fd = os.open(f"{self.path}/{file}", os.O_RDONLY)
+            if version == 2:
+                self._fd = self._open("memory.current")
+                with contextlib.suppress(FileNotFoundError):
+                    self._swap = self._open("memory.swap.current")
+            else:
+                try:
+                    self._fd = self._open("memory.memsw.usage_in_bytes")
+                except FileNotFoundError:
+                    self._fd = self._open("memory.usage_in_bytes")
         except BaseException:
+            self._close_files()
             with contextlib.suppress(OSError):
                 _write(f"{parent}/cgroup.procs", str(pid))
             with contextlib.suppress(OSError):
@@ -143,9 +153,21 @@ class CgroupMeter(Meter):
         """Put a process into the group; children that it makes follow it."""
         _write(f"{self.path}/cgroup.procs", str(pid))
 
+    def _open(self, name: str) -> int:
+        return os.open(f"{self.path}/{name}", os.O_RDONLY)
+
+    def _close_files(self) -> None:
+        super().close()
+        if self._swap >= 0:
+            os.close(self._swap)
+            self._swap = -1
+
     def read(self) -> int:
         """Give the bytes charged to the group."""
-        return int(os.pread(self._fd, 32, 0))
+        usage = int(os.pread(self._fd, 32, 0))
+        if self._swap >= 0:
+            usage += int(os.pread(self._swap, 32, 0))
+        return usage
 
     def close(self) -> None:
         """Remove the group, whose members must have been killed.
@@ -154,7 +176,7 @@ class CgroupMeter(Meter):
         """
         if self._fd < 0:
             return
-        super().close()
+        self._close_files()
         deadline = time.monotonic() + 10
         while True:
             try:
