@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import cgroups
+import kernel_errors
 import victims
 
 if TYPE_CHECKING:
@@ -35,10 +36,13 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def skip_if_noisy(err: str) -> None:
-    """Without a memory cgroup, what others do is measured too."""
+def skip_if_it_cannot(err: str) -> None:
+    """Nothing can be shown here, and it has said why."""
+    # Without a memory cgroup, what others do is measured too.
     if "MemAvailable" in err and "too much else is going on" in err:
         pytest.skip(err)
+    if " cannot be " in err and not kernel_errors.has_the_call():
+        pytest.skip(f"no process_mrelease(2) in Linux {os.uname().release}")
 
 
 def _hear_signals() -> None:
@@ -81,7 +85,10 @@ class Running:
         for pid in descendants(self.popen.pid):
             if self._is_it(pid):
                 return pid
-        assert self.popen.poll() is None, self.popen.communicate()
+        if self.popen.poll() is not None:
+            said = self.popen.communicate()
+            skip_if_it_cannot(said[1])
+            pytest.fail(f"it has ended: {said}")
         return None
 
     def all_ended(self, timeout: float) -> bool:

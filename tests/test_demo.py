@@ -39,7 +39,7 @@ from shows import (
     descendants,
     groups_of,
     python_for_all,
-    skip_if_noisy,
+    skip_if_it_cannot,
 )
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(mib: int, give_up: float = 15.0, **env: str) -> tuple[int, str, str]:
         env=os.environ | env,
         timeout=120,
     )
-    skip_if_noisy(done.stderr.decode())
+    skip_if_it_cannot(done.stderr.decode())
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -151,6 +151,7 @@ def test_in_a_tiny_terminal_the_bars_fit() -> None:
     assert any(len(bar) >= 18 for bar in bars)
 
 
+@pytest.mark.needs("release")
 def test_the_plain_kill_is_given_up_and_shown_as_not_yet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,7 +161,7 @@ def test_the_plain_kill_is_given_up_and_shown_as_not_yet(
     demo.demo(size=16 * MIB, give_up=0.5)
     assert time.monotonic() - begun < 14  # it would be 15 of its own
     out, err = capsys.readouterr()
-    skip_if_noisy(err)
+    skip_if_it_cannot(err)
     assert "not yet (given up after 0.5 s)" in out
     assert "With mrelease" in out
     assert "more than " in out or "not back either" in out
@@ -270,6 +271,7 @@ def test_a_second_ctrl_c_does_not_stop_the_cleaning_up(
     assert "Traceback" not in err
 
 
+@pytest.mark.needs("release")
 def test_ctrl_c_for_the_whole_group_leaves_nothing_and_no_traceback() -> None:
     popen = subprocess.Popen(
         [*PYTHON, code(32)], stdin=subprocess.DEVNULL,
@@ -358,6 +360,7 @@ def test_killed_it_takes_a_victim_with_it_that_was_not_killed_yet() -> None:
         group.rmdir()
 
 
+@pytest.mark.needs("release")
 def test_after_an_error_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -373,6 +376,7 @@ def test_after_an_error_nothing_is_left(
     assert threading.active_count() == 1
 
 
+@pytest.mark.needs("release")
 def test_a_broken_pipe_ends_it_and_nothing_is_left() -> None:
     shell = shutil.which("bash")
     if shell is None:
@@ -387,6 +391,7 @@ def test_a_broken_pipe_ends_it_and_nothing_is_left() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.needs("release")
 def test_two_demos_at_once() -> None:
     both = [
         subprocess.Popen(
@@ -404,6 +409,7 @@ def test_two_demos_at_once() -> None:
 # ------------------------------------------------- without rights or room
 
 
+@pytest.mark.needs("release")
 def test_an_ordinary_user_sees_it_too_and_what_is_different(
     unprivileged: Unprivileged,
 ) -> None:
@@ -433,6 +439,7 @@ def test_an_ordinary_user_sees_it_too_and_what_is_different(
         assert "No memory cgroup of its own" in out
 
 
+@pytest.mark.needs("release")
 def test_where_no_cgroup_can_be_made_it_says_why(
     answered: Answered,
 ) -> None:
@@ -454,6 +461,7 @@ def test_where_no_cgroup_can_be_made_it_says_why(
     assert "Operation not permitted" in done.stdout
 
 
+@pytest.mark.needs("release")
 def test_where_scheduling_cannot_be_set_nice_is_used_and_told(
     answered: Answered,
 ) -> None:
@@ -484,6 +492,7 @@ def test_where_the_call_is_missing_it_says_why_and_starts_nothing(
     assert "Allow process_mrelease" in done.stderr
 
 
+@pytest.mark.needs("release")
 def test_a_victim_that_gets_no_memory_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -539,6 +548,7 @@ def test_the_size_fits_the_limit_of_its_own_memory_cgroup(
     assert 96 * MIB <= size <= 128 * MIB
 
 
+@pytest.mark.needs("release")
 def test_with_too_little_room_it_says_so(meter: cgroups.Meter) -> None:
     told = fitting_in(meter, 60 * MIB)
     assert told == "there is too little free memory for a victim"
