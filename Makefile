@@ -207,7 +207,7 @@ free-threaded: build/free-threaded/built ## the tests of threads without the GIL
 	    'import sys, mrelease._mrelease; assert not sys._is_gil_enabled()'
 	@echo "== pytest, on free-threaded Python"
 	@PYTHON_GIL=0 build/free-threaded/bin/python -X dev -m pytest -W error \
-	    $(NOT_313T) $(ENDLESS:%=--deselect %) $(TESTS_THREADS) $(ARGS)
+	    $(ENDLESS:%=--deselect %) $(TESTS_THREADS) $(ARGS)
 	@PYTHON_GIL=0 build/free-threaded/bin/python -X dev -m pytest -W error \
 	    --quick $(ENDLESS) $(ARGS)
 
@@ -428,10 +428,6 @@ FLAGS_coverage = $(COUNT) $(COVERAGE)/module.o
 # With four threads that never wait, 500 forks take some ten minutes.
 ENDLESS := \
     tests/test_threads.py::test_forks_at_any_moment_of_kills_in_other_threads
-# Modules and their functions are never freed there, once there was a thread
-# ("Python support for free threading", Immortalization).
-NOT_313T := --deselect \
-    tests/test_interpreters.py::test_a_module_imported_100_times_leaves_nothing
 
 # All but stuck: see uncaught.c.  The children of fork lack the stacks of the
 # other threads, and what these have allocated seems to be lost.
@@ -454,7 +450,7 @@ TSAN_SETTINGS := $(TSAN_SETTINGS):log_path=$(CURDIR)/build/tsan/found
 TSAN = PYTHON_GIL=0 TSAN_OPTIONS="$(TSAN_SETTINGS):die_after_fork=0" $(FIXED)
 # Not the storm: what ThreadSanitizer remembers of all memory looks like a leak,
 # and each result is late.  And these threads are too slow to meet at all.
-NOT_TSAN = $(NOT_313T) --deselect \
+NOT_TSAN := --deselect \
     tests/test_threads.py::test_a_victim_is_closed_while_8_threads_use_it
 
 # These build the package in a copy: the module of .venv lies in src, and
