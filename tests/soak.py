@@ -330,7 +330,8 @@ class Bystander:
             os.sched_getscheduler(self.pid),
             os.getpriority(os.PRIO_PROCESS, self.pid),
             tuple(sorted(os.sched_getaffinity(self.pid))),
-            self.process.rss_anon() + self.process.vm_swap() >= MIB,
+            self.process.rss_anon() + self.process.vm_swap()
+            >= victims.nearly(MIB),
         )
 
     def harm(self) -> str | None:

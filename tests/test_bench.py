@@ -238,6 +238,7 @@ def test_where_sigkill_alone_never_ends_it_is_given_up_twice(
     assert "kill() is faster than SIGKILL alone for 1 of 1." in out
 
 
+@pytest.mark.needs("release")
 def test_it_stops_when_its_time_is_over_and_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -399,6 +400,7 @@ def test_two_at_once_and_nothing_is_left_of_them() -> None:
     assert [leftovers(popen.pid) for popen in both] == [[], []]
 
 
+@pytest.mark.needs("release")
 def test_after_an_error_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -464,6 +466,7 @@ def test_more_than_half_of_the_free_memory_is_refused() -> None:
     assert "is more than half of the free memory, which is " in err
 
 
+@pytest.mark.needs("release")
 def test_what_no_longer_fits_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -499,6 +502,7 @@ def test_a_chart_without_matplotlib_is_refused_and_says_how_to_have_it(
 # ------------------------------------------------- without rights, or the call
 
 
+@pytest.mark.needs("release")
 def test_an_ordinary_user_sees_it_too_and_what_is_different(
     unprivileged: Unprivileged,
 ) -> None:
@@ -656,6 +660,7 @@ def test_the_share_that_came_too_late() -> None:
     assert cell("sigkill", 1).late() is None
 
 
+@pytest.mark.needs("release")
 def test_two_calls_that_come_too_late_are_told() -> None:
     with victims.zombie() as victim:
         assert bench._two_calls(victim.pid) == "exiting"

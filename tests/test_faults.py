@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         [dict[str, kernel_errors.Rule]], kernel_errors.answered
     ]
 
-pytestmark = pytest.mark.needs("seccomp")
+pytestmark = pytest.mark.needs("seccomp", "release")
 
 MIB = victims.MIB
 BACK = {Outcome.RELEASED, Outcome.EXITED}
