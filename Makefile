@@ -6,7 +6,8 @@ PYTHON ?= python3
 ARGS ?=
 
 # What `make wheels` tests on; it builds on the first two.  There it is these
-# tests: `make test` has them all on 3.11, `make interpreters` on each.
+# tests, each with one of its sets of parameters: `make test` has them all on
+# 3.11, `make interpreters` on each.
 WHEEL_PYTHONS := 3.11 3.12 3.13
 WHEEL_ENVS := $(WHEEL_PYTHONS:%=build/python-%)
 WHEEL_TESTS := $(addprefix tests/test_,command.py import.py kernel_results.py \
@@ -282,7 +283,8 @@ wheels: $(VENV)/group-wheels $(WHEEL_ENVS)
 	    build/python-$$v/bin/python -m pip install --quiet --no-index \
 	        --no-deps --find-links dist mrelease || exit 1; \
 	    (cd build/sdist && ../python-$$v/bin/python -X dev -m pytest \
-	        -W error --quick $(WHEEL_TESTS) $(ARGS)) || exit 1; \
+	        -W error --quick --one-of-each $$v $(WHEEL_TESTS) $(ARGS)) || \
+	        exit 1; \
 	done
 
 interpreters: $(VENV)/group-wheels ## the tests on 3.11 to 3.15, t and d: a table
