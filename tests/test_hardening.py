@@ -29,12 +29,14 @@ from mrelease import Hardening, harden
 from test_limits import take_away_proc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from conftest import Unprivileged
     from mrelease.hardening import Step
 
-    Answered = Callable[[dict[str, int]], kernel_errors.answered]
+    Answered = Callable[
+        [Mapping[str, kernel_errors.Rule]], kernel_errors.answered
+    ]
     T = TypeVar("T")
 
 # Loaded now, as resource is: an ordinary user may not be able to read
@@ -1064,6 +1066,17 @@ def test_where_no_process_may_be_made_it_says_so() -> None:
     step = as_nobody(run, {resource.RLIMIT_NPROC: 0})
     assert step.status == "not allowed"
     assert step.why.startswith("no child could be made: ")
+
+
+def test_where_one_process_may_be_made_kill_is_warmed_up(
+    answered: Answered,
+) -> None:
+    kernel = answered({"clone": [kernel_errors.ALLOW, errno.EAGAIN]})
+    step = kernel.run(only, "warm_up")
+    assert step.status == "done"
+    assert step.why.endswith(
+        f", without a Reaper: {os.strerror(errno.EAGAIN)}"
+    )
 
 
 # ------------------------------------------------------------------ values

@@ -572,14 +572,14 @@ def _warm_up() -> Step:
     try:
         # Both before any is killed: a fork makes the first write to each page
         # a fault, and those of a kill are to be behind us.
-        children += [_mrelease.start_child()]
-        children += [_mrelease.start_child()]
+        children.append(_mrelease.start_child())
         try:
+            children.append(_mrelease.start_child())
             with Reaper(1, spares=0) as reaper:
                 reaper.kill(children[0]).result()
         except OSError as error:
             without = f", without a Reaper: {error.strerror}"
-        release = kill(children[1])
+        release = kill(children[-1])
     except OSError as error:
         status, why = _refusal(error)
         return Step("warm_up", status, f"no child could be made: {why}")
