@@ -450,7 +450,7 @@ MEMCHECK := LD_PRELOAD=$(CURDIR)/build/valgrind/uncaught.so \
 TSAN_SETTINGS := suppressions=$(CURDIR)/build/tsan/suppressions:exitcode=0
 TSAN_SETTINGS := $(TSAN_SETTINGS):log_path=$(CURDIR)/build/tsan/found
 TSAN = PYTHON_GIL=0 TSAN_OPTIONS="$(TSAN_SETTINGS):die_after_fork=0" $(FIXED)
-# Not the storm: what ThreadSanitizer remembers of all memory looks like a leak,
+# Not the soak: what ThreadSanitizer remembers of all memory looks like a leak,
 # and each result is late.  And these threads are too slow to meet at all.
 NOT_TSAN := --deselect \
     tests/test_threads.py::test_a_victim_is_closed_while_8_threads_use_it

@@ -231,17 +231,13 @@ def _orphans() -> set[int]:
 
     They are children of process 1 now, or of another ancestor of this one.
     """
-    found: set[int] = set()
-    pid = os.getpid()
-    while pid > 1:
-        try:
-            pid = int(victims.status_of(pid)["PPid"])
-        except ProcessLookupError:
-            break
-        for child in victims.children(pid) if pid else ():
-            if leftovers.has_mark(child, _MARK):
-                found.add(child)
-    return found - {os.getpid()}
+    own = os.getpid()
+    return {
+        child
+        for pid in leftovers.ancestors() - {own}
+        for child in victims.children(pid) - {own}
+        if leftovers.has_mark(child, _MARK)
+    }
 
 
 # Python keeps this one to its end; it is no test's.

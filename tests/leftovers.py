@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-__all__ = ["describe", "end", "has_mark"]
+__all__ = ["ancestors", "describe", "end", "has_mark"]
 
 
 def has_mark(pid: int, mark: str) -> bool:
@@ -34,20 +34,22 @@ def describe(pid: int) -> str:
     """Its number, name, state and command, as far as it still has them."""
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-        lines = dict(line.split(":\t", 1) for line in status.splitlines()[:9])
+        fields = (line.partition(":\t") for line in status.splitlines())
+        lines = {name: value for name, _, value in fields}
         command = Path(f"/proc/{pid}/cmdline").read_bytes()[:200]
         return f"{pid} {lines['Name']} ({lines['State']}) {command!r}"
     return f"{pid}"
 
 
-def _ancestors() -> set[int]:
-    """This process and those that started it."""
+def ancestors() -> set[int]:
+    """This process and those that started it, as far as they are seen."""
     found: set[int] = set()
     pid = os.getpid()
-    while pid > 0:
-        found.add(pid)
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        pid = int(stat.rpartition(")")[2].split()[1])
+    with contextlib.suppress(OSError):  # one that ends just now
+        while pid > 0:
+            found.add(pid)
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            pid = int(stat.rpartition(")")[2].split()[1])
     return found
 
 
@@ -74,7 +76,7 @@ def _marked(mark: str, but: set[int]) -> set[int]:
 def end(mark: str, patience: float = 0.0) -> list[str]:
     """SIGKILL to each with the mark, but for this one and its ancestors."""
     ended: list[str] = []
-    seen = _ancestors()
+    seen = ancestors()
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and _marked(mark, seen):
         time.sleep(0.05)

@@ -548,7 +548,6 @@ def test_the_size_fits_the_limit_of_its_own_memory_cgroup(
     assert 96 * MIB <= size <= 128 * MIB
 
 
-@pytest.mark.needs("release")
 def test_with_too_little_room_it_says_so(meter: cgroups.Meter) -> None:
     told = fitting_in(meter, 60 * MIB)
     assert told == "there is too little free memory for a victim"

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import mrelease
+import victims
 
 SOURCE = Path(__file__).parent / "native/embed.c"
 
@@ -53,9 +54,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("embed") / "embed"
     command = [compiler, "-std=c11", "-D_GNU_SOURCE", "-g", "-isystem"]
     command += [include, str(SOURCE), "-o", str(made), *library()]
-    # What is preloaded into this process is none of the compiler's.
-    settings = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    subprocess.run(command, env=settings, check=True, timeout=120)
+    done = victims.compiled(*command)
+    assert done.returncode == 0, done.stderr
     return made
 
 

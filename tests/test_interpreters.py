@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 OWN_GIL = sys.version_info >= (3, 12)
+FREE_THREADED_3_13 = sys.version_info < (3, 14) and bool(
+    sysconfig.get_config_var("Py_GIL_DISABLED")
+)
 
 # ------------------------------------------------------ a subinterpreter
 
@@ -478,9 +481,7 @@ def test_imported_again_both_the_old_and_the_new_module_work() -> None:
 
 
 def test_a_module_imported_100_times_leaves_nothing() -> None:
-    if sys.version_info < (3, 14) and sysconfig.get_config_var(
-        "Py_GIL_DISABLED"
-    ):
+    if FREE_THREADED_3_13:
         # "Python support for free threading", Immortalization.
         pytest.skip("3.13t: modules are never freed, once there was a thread")
 

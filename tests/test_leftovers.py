@@ -16,6 +16,8 @@ import victims
 if TYPE_CHECKING:
     import contextlib
 
+_MARK = f"MARK=of-{os.getpid()}"
+_MARKED = {**os.environ, "MARK": f"of-{os.getpid()}"}
 _HANGS = """
 import os, subprocess, sys
 subprocess.Popen(["sleep", "600"], start_new_session=True)
@@ -33,7 +35,7 @@ def run(stack: contextlib.ExitStack) -> subprocess.Popen[str]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "MARK": f"of-{os.getpid()}"},
+            env=_MARKED,
         )
     )
     stack.callback(process.kill)
@@ -65,8 +67,8 @@ def test_what_a_killed_run_has_started_is_ended(
     child = _of(run)
     pidfd = os.pidfd_open(child)
     try:
-        with _end(f"MARK=of-{os.getpid()}", str(run.pid)) as ending:
-            assert leftovers.has_mark(child, f"MARK=of-{os.getpid()}")
+        with _end(_MARK, str(run.pid)) as ending:
+            assert leftovers.has_mark(child, _MARK)
             run.kill()
             _, said = ending.communicate(timeout=60)
         assert select.select([pidfd], [], [], 60) == ([pidfd], [], [])
@@ -80,23 +82,21 @@ def test_who_has_another_mark_is_let_alone(
     run: subprocess.Popen[str],
 ) -> None:
     child = _of(run)
-    with _end(f"MARK=of-{os.getpid()}0") as ending:
+    with _end(f"{_MARK}0") as ending:
         _, said = ending.communicate(timeout=60)
     assert (ending.returncode, said) == (0, "")
     assert victims.status_of(child)["State"].startswith("S")
-    assert leftovers.end(f"MARK=of-{os.getpid()}")[0].startswith(
-        (f"{child} ", f"{run.pid} ")
-    )
+    assert leftovers.end(_MARK)[0].startswith((f"{child} ", f"{run.pid} "))
 
 
 def test_who_looks_is_not_ended_by_it() -> None:
     """Nor those that started it, who are of the same run."""
     with subprocess.Popen(
         ["sh", "-c", '"$@"; echo here', "sh", sys.executable, "-I",
-         leftovers.__file__, f"MARK=of-{os.getpid()}"],
+         leftovers.__file__, _MARK],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "MARK": f"of-{os.getpid()}"},
+        env=_MARKED,
     ) as shell:  # fmt: skip
         out, _ = shell.communicate(timeout=60)
     assert (shell.returncode, out) == (0, "here\n")

@@ -462,11 +462,9 @@ def victim_32_bit(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     source = tmp_path / "victim32.c"
     source.write_text(_SOURCE_32)
     program = tmp_path / "victim32"
-    built = subprocess.run(
-        ["gcc", "-m32", "-O1", "-nostdlib", "-static", "-fno-pic", "-no-pie",
-         "-fno-stack-protector", str(source), "-o", str(program)],
-        capture_output=True, text=True, timeout=120,
-        env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"},
+    built = victims.compiled(
+        "gcc", "-m32", "-O1", "-nostdlib", "-static", "-fno-pic", "-no-pie",
+        "-fno-stack-protector", source, "-o", program,
     )  # fmt: skip
     if built.returncode != 0:
         pytest.skip(f"a 32-bit victim: gcc -m32 fails: {built.stderr[:200]}")

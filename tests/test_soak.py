@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
 import mrelease
+from test_interpreters import FREE_THREADED_3_13
 
 SOAK = Path(__file__).with_name("soak.py")
 
@@ -20,12 +20,10 @@ def test_20_seconds_of_soak() -> None:
         pytest.skip("no process_mrelease(2): there is nothing to release")
     # Free-threaded 3.13 yields the CPU 40 times before it takes a lock that it
     # holds already, as it does to close a file: beside busy processes, 0.2 s.
-    slow = sys.version_info < (3, 14) and sysconfig.get_config_var(
-        "Py_GIL_DISABLED"
-    )
+    busy = ["--busy=0"] if FREE_THREADED_3_13 else []
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", str(SOAK),
-         "--minutes", "0.3", "--victims", "200", *(["--busy=0"] * bool(slow))],
+         "--minutes", "0.3", "--victims", "200", *busy],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

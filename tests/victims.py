@@ -102,6 +102,15 @@ class Options(TypedDict, total=False):
 # ---------------------------------------------------------- the program
 
 
+def compiled(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a compiler; what is preloaded into this process is not its own."""
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"},
+        timeout=120,
+    )  # fmt: skip
+
+
 @functools.cache
 def binary() -> Path:
     """The victim's program; built by the first call."""
@@ -124,12 +133,11 @@ def binary() -> Path:
         if not command or shutil.which(command[0]) is None:
             continue
         program = folder / "victim"
-        done = subprocess.run(
-            # Only the name of the compiler: flags that Python was built
-            # with (-pthread apart) are for Python.
-            [command[0], "-std=c11", "-O2", "-g", "-pthread", str(source),
-             "-o", str(program)],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        # Only the name of the compiler: flags that Python was built with
+        # (-pthread apart) are for Python.
+        done = compiled(
+            command[0], "-std=c11", "-O2", "-g", "-pthread", source,
+            "-o", program,
         )  # fmt: skip
         if done.returncode == 0:
             return program

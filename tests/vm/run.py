@@ -74,9 +74,6 @@ NO_RESULT = 70
 NO_KERNEL = 75
 TIMEOUT = 124
 
-_PARALLEL = "tcg,thread=multi"
-"""Each processor in a thread of its own."""
-
 SUITES = ("bullseye", "bookworm", "trixie", "sid")
 
 # lzo-rle is what zram compresses with by default up to 6.1; nothing depends
@@ -700,7 +697,7 @@ def run(job: Job, options: Options) -> Result:
         packing = time.monotonic() - began
         size = initramfs.stat().st_size / 2**20
 
-        command = [machine.qemu, "-accel", _PARALLEL]
+        command = [machine.qemu]
         command += [*machine.options, "-smp", "2", "-m", options.memory]
         command += ["-display", "none", "-monitor", "none", "-nic", "none"]
         command += ["-serial", "stdio", "-no-reboot"]
@@ -708,6 +705,7 @@ def run(job: Job, options: Options) -> Result:
         # What the kernel does not know is in the environment of init.
         words = f"console={machine.console} quiet panic=-1"
         command += ["-append", f"{words} swap={options.swap}"]
+        command += ["-accel", "tcg,thread=multi"]
         print(
             f"== {job.suite}: Linux {kernel.version}, {job.arch}, {job.user}",
             flush=True,
@@ -720,7 +718,7 @@ def run(job: Job, options: Options) -> Result:
             # while another runs it (a static key) has made a kernel crash.
             # Not so where they take turns in one thread, which is slower.
             print("the machine broke down: once more, in turns", flush=True)
-            command[command.index(_PARALLEL)] = "tcg,thread=single"
+            command[-1] = "tcg,thread=single"
             code, said, lines = boot(command, options.limit)
     finally:
         if not options.keep:
