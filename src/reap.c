@@ -646,7 +646,11 @@ follow(struct reap *reap)
             if (is_ended(reap)) {
                 return ended(reap);
             }
-            return reap->releasing || reap->outcome == REAP_RELEASED
+            /* Of a try that has not come back nothing is known yet: then it
+             * is what the one before found.
+             */
+            bool unknown = reap->releasing && reap->attempts == 0;
+            return unknown || reap->outcome == REAP_RELEASED
                        ? done(reap, REAP_PARTIAL)
                        : REAP_DONE;
         }
