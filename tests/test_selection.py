@@ -488,11 +488,14 @@ def test_timeout_bounds_the_call() -> None:
         assert release.exited is None
 
 
+@pytest.mark.parametrize("depth", [10, 200])
 @pytest.mark.parametrize("timeout", [0, 0.001])
-def test_without_time_all_is_killed_all_the_same(timeout: float) -> None:
-    with Family(CHAIN.format(depth=10)) as family:
-        family.wait_for(11)
-        assert len(kill_tree(family.pid, timeout=timeout)) == 11
+def test_without_time_all_is_killed_all_the_same(
+    timeout: float, depth: int
+) -> None:
+    with Family(CHAIN.format(depth=depth)) as family:
+        family.wait_for(depth + 1)
+        assert len(kill_tree(family.pid, timeout=timeout)) == depth + 1
         assert family.left() == set()
 
 

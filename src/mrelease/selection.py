@@ -135,6 +135,11 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _tick() -> int:
+    """Give the time that a process which starts now has in its stat."""
+    return int(clock_gettime(CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
 class _Patience:
     """Wait a little, several times."""
 
@@ -251,6 +256,7 @@ class _Tree(Selection):
         from signal import SIGCONT, SIGSTOP
 
         super().__init__()
+        self._begun = _tick()
         self._stop_signal: int = SIGSTOP
         self._continue_signal: int = SIGCONT
         self.root = self.add(root)
@@ -268,14 +274,17 @@ class _Tree(Selection):
     def collect(self, limit: float) -> None:
         """Pin the tree as it is, before anything is signalled."""
         for victim in self.victims:  # it grows meanwhile
-            self.look_at(victim)
-            if monotonic() > limit:
-                break  # it grows faster
+            if monotonic() < limit or self._is_old(victim):
+                self.look_at(victim)
+
+    def _is_old(self, victim: Victim) -> bool:
+        """Whether it was there at the call; a tree may grow for ever."""
+        stat = _stat_of(victim.pid)
+        return stat is not None and stat.started <= self._begun
 
     def look_at(self, parent: Victim) -> list[Victim]:
         """Pin the new children of one process."""
-        now = clock_gettime(CLOCK_BOOTTIME)
-        tick = int(now * os.sysconf("SC_CLK_TCK"))
+        tick = _tick()
 
         def belongs(child: Victim) -> bool:
             stat = _stat_of(child.pid)
@@ -331,9 +340,8 @@ class _Tree(Selection):
         late = self._hold(late, limit)
         late += [v for v in victims if v in self.unheld()]
         for victim in late:  # it grows meanwhile
-            late += self._look_and_stop(victim)
-            if monotonic() > limit + _MORE:
-                break  # it grows faster
+            if monotonic() < limit + _MORE or self._is_old(victim):
+                late += self._look_and_stop(victim)
         self._open += late
 
     def _hold(self, victims: list[Victim], limit: float) -> list[Victim]:
@@ -657,7 +665,8 @@ def find_tree(
 ) -> Selection:
     """Pin a process and its descendants; raises as kill_tree() does.
 
-    In at most so many seconds, about: a tree may grow faster.
+    In at most so many seconds, about: a tree may grow faster.  But all that
+    are there already are found.
     """
     _need_proc("the children of a process")
     limit = monotonic() + seconds
