@@ -61,7 +61,7 @@ class Meter(Closing):
 
 
 class AvailableMeter(Meter):
-    """MemAvailable of /proc/meminfo: whatever else runs disturbs it.
+    """MemAvailable and SwapFree of /proc/meminfo: all that runs disturbs it.
 
     Freed pages go to a list of their CPU first, which since Linux 6.7 may grow
     to an eighth of the memory and is not part of MemAvailable.  The lists are
@@ -78,7 +78,8 @@ class AvailableMeter(Meter):
 
     def read(self) -> int:
         """Give minus the bytes that are available on the whole machine."""
-        available = _available(os.pread(self._fd, 1024, 0))
+        meminfo = os.pread(self._fd, 1024, 0)
+        available = _available(meminfo) + _field(meminfo, b"SwapFree")
         if self._zones >= 0:
             available += _PAGE * _on_lists(self._zones)
         return -available
@@ -324,9 +325,13 @@ def _raise_thread() -> str:
 
 
 def _available(meminfo: bytes) -> int:
-    found = re.search(rb"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
+    return _field(meminfo, b"MemAvailable")
+
+
+def _field(meminfo: bytes, name: bytes) -> int:
+    found = re.search(rb"^%b:\s+(\d+) kB" % name, meminfo, re.MULTILINE)
     if found is None:
-        raise OSError(ENOENT, "no MemAvailable", "/proc/meminfo")
+        raise OSError(ENOENT, f"no {name.decode()}", "/proc/meminfo")
     return int(found[1]) * 1024
 
 
