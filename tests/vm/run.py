@@ -11,7 +11,8 @@ cross-built wheel (arm64.py). There is no disk and no network. All arguments
 that are not this script's own go to pytest, whose output is printed as it
 comes; with --program they are a Python program of the repository, and its
 arguments, to be run in place of pytest, without the packages of the tests.
-{machine} in them is replaced by the name of each.
+{machine} in them is replaced by the name of each. Several machines run at
+once (--at-once); then each line begins with that name.
 At the end is a table, kernel by kernel, with what passed, failed, and
 was skipped for which reason; the exit code is the first that is not 0.
 
@@ -38,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import ctypes.util
 import fcntl
@@ -60,7 +62,7 @@ import time
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -68,6 +70,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import arm64  # noqa: E402
 
 from debian import Suite, Unreachable, by_number  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 MISSING = 69
 NO_RESULT = 70
@@ -142,6 +147,8 @@ MACHINES = {
     ),
 }
 HERE = os.uname().machine
+
+COMPILING = threading.Lock()
 
 
 def fail(code: int, message: str) -> NoReturn:
@@ -253,8 +260,9 @@ def kernel_of(suite: str, arch: str, cache: Path, update: bool) -> Kernel:
 class Archive:
     """A cpio archive ("newc") as the kernel unpacks it into its root.
 
-    Everything belongs to root and everyone may read it. A file keeps its
-    path, but for /bin, /sbin and /lib*, which are links into /usr.
+    Everything belongs to root and everyone may read it, and keep what is
+    compiled of a Python file. A file keeps its path, but for /bin, /sbin and
+    /lib*, which are links into /usr.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -301,6 +309,8 @@ class Archive:
         name = self._inside(path)
         if name not in self.names:
             self._parents(name)
+            if os.path.basename(name) == "__pycache__":
+                mode = 0o1777
             self._entry(name, stat.S_IFDIR | mode)
 
     def _parents(self, name: str) -> None:
@@ -329,6 +339,8 @@ class Archive:
         self._parents(name)
         mode = 0o755 if executable else 0o644
         self._entry(name, stat.S_IFREG | mode, data, mtime)
+        if name.endswith(".py"):
+            self.directory(f"/{os.path.dirname(name)}/__pycache__")
 
     def add(self, source: str | Path, path: str | Path | None = None) -> None:
         """Add a file, or a tree; of a link, also what it points to."""
@@ -498,6 +510,22 @@ def fill_from_debian(
     return arm64.PYTHON
 
 
+def compile_tests(arguments: list[str]) -> None:
+    """Have pytest keep what it compiles; in emulation that takes minutes."""
+    environment = dict(os.environ)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    with COMPILING:
+        subprocess.run(
+            [*pytest, "--collect-only", "-qq", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,  # without it all is slower
+        )
+
+
 def pack(
     file: BinaryIO, work: Path, job: Job, kernel: Kernel, options: Options
 ) -> None:
@@ -522,6 +550,8 @@ def pack(
         home = options.cache / job.arch
         home.mkdir(parents=True, exist_ok=True)
         python = fill_from_debian(archive, wanted, work, home)
+    if job.arch == HERE and not options.program:
+        compile_tests(options.arguments)
     for name in REPOSITORY:
         if (ROOT / name).exists():
             archive.add(ROOT / name)
@@ -554,7 +584,7 @@ def pack(
     tests = ["-m", "pytest", "-p", "no:cacheprovider", f"--color={color}"]
     tests = [
         *([] if options.program else tests),
-        *(t.replace("{machine}", "-".join(job)) for t in options.arguments),
+        *(t.replace("{machine}", name_of(job)) for t in options.arguments),
     ]
     lines = [
         "#!/bin/sh",
@@ -598,6 +628,10 @@ class Job(NamedTuple):
     user: str
 
 
+def name_of(job: Job) -> str:
+    return "-".join(job)
+
+
 class Options(argparse.Namespace):
     kernel: list[tuple[str, str]]
     user: list[str]
@@ -605,6 +639,7 @@ class Options(argparse.Namespace):
     swap: str
     program: bool
     limit: float
+    at_once: int
     keep: bool
     update: bool
     cache: Path
@@ -628,8 +663,49 @@ class Result(NamedTuple):
         return sum(self.counts.get(name, 0) for name in ("failed", "error"))
 
 
+class Off(Exception):
+    """No more machines are wanted."""
+
+
+class Room:
+    """Where machines run; closed, all are switched off for good."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._machines: set[subprocess.Popen[bytes]] = set()
+        self._open = True
+
+    @contextlib.contextmanager
+    def start(self, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+        with self._lock:
+            if not self._open:
+                raise Off
+            machine = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            self._machines.add(machine)
+        try:
+            with machine:
+                try:
+                    yield machine
+                finally:
+                    machine.kill()
+        finally:
+            with self._lock:
+                self._machines.remove(machine)
+
+    def close(self) -> None:
+        with self._lock:
+            self._open = False
+            for machine in self._machines:
+                machine.kill()
+
+
 def boot(
-    command: list[str], limit: float
+    command: list[str], limit: float, room: Room, say: Callable[[str], None]
 ) -> tuple[int, dict[str, float], list[str]]:
     """Run the machine: its result, when it said what (s), its lines."""
     began = time.monotonic()
@@ -637,12 +713,7 @@ def boot(
     lines: list[str] = []
     code = NO_RESULT
     late = threading.Event()
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as machine:
+    with room.start(command) as machine:
 
         def stop() -> None:
             late.set()
@@ -662,11 +733,10 @@ def boot(
                     if match[1] == "exit":
                         code = int(match[2])
                 else:
-                    print(line, flush=True)
+                    say(line)
                     lines.append(re.sub(r"\033\[[\d;]*m", "", line))
         finally:
             timer.cancel()
-            machine.kill()
     said["off"] = time.monotonic() - began
     return TIMEOUT if late.is_set() else code, said, lines
 
@@ -684,7 +754,9 @@ def counted(lines: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     return counts, skipped
 
 
-def run(job: Job, options: Options) -> Result:
+def run(
+    job: Job, options: Options, room: Room, say: Callable[[str], None]
+) -> Result:
     """Boot one kernel, and run the tests in it."""
     machine = MACHINES[job.arch]
     kernel = kernel_of(job.suite, job.arch, options.cache, options.update)
@@ -706,20 +778,17 @@ def run(job: Job, options: Options) -> Result:
         words = f"console={machine.console} quiet panic=-1"
         command += ["-append", f"{words} swap={options.swap}"]
         command += ["-accel", "tcg,thread=multi"]
-        print(
-            f"== {job.suite}: Linux {kernel.version}, {job.arch}, {job.user}",
-            flush=True,
-        )
+        say(f"== {job.suite}: Linux {kernel.version}, {job.arch}, {job.user}")
         if options.keep:
-            print(shlex.join(command), flush=True)
-        code, said, lines = boot(command, options.limit)
+            say(shlex.join(command))
+        code, said, lines = boot(command, options.limit, room, say)
         if code == NO_RESULT:
             # Emulation is not always true: code that one processor changes
             # while another runs it (a static key) has made a kernel crash.
             # Not so where they take turns in one thread, which is slower.
-            print("the machine broke down: once more, in turns", flush=True)
+            say("the machine broke down: once more, in turns")
             command[-1] = "tcg,thread=single"
-            code, said, lines = boot(command, options.limit)
+            code, said, lines = boot(command, options.limit, room, say)
     finally:
         if not options.keep:
             shutil.rmtree(work)
@@ -748,6 +817,29 @@ def run(job: Job, options: Options) -> Result:
         *counted(lines),
         f"{kernel.version}, {job.user}: {result} ({', '.join(times)})",
     )
+
+
+def run_all(jobs: list[Job], options: Options) -> list[Result]:
+    """Some at once; where they are, each line says of which it is."""
+    room = Room()
+
+    def one(job: Job) -> Result:
+        name = "" if len(jobs) == 1 or options.at_once == 1 else name_of(job)
+
+        def say(line: str) -> None:
+            # At once: another thread may write, too.
+            line = f"{name}: {line}\n" if name else f"{line}\n"
+            print(line, end="", flush=True)
+
+        return run(job, options, room, say)
+
+    with concurrent.futures.ThreadPoolExecutor(options.at_once) as workers:
+        try:
+            return list(workers.map(one, jobs))
+        except BaseException:
+            room.close()
+            workers.shutdown(cancel_futures=True)
+            raise
 
 
 def table(results: list[Result]) -> str:
@@ -816,6 +908,12 @@ def report(results: list[Result], arguments: list[str]) -> str:
     return json.dumps(made, indent=1) + "\n"
 
 
+def room_for_machines() -> int:
+    """One for each CPU, if there are 4 GiB for it."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, memory >> 32))
+
+
 def a_kernel(text: str) -> tuple[str, str]:
     suite, _, arch = text.partition("/")
     arch = arch or HERE
@@ -855,7 +953,14 @@ def main() -> int:
         action="store_true",
         help="run a Python program, not pytest",
     )
-    add("--limit", type=float, default=900, help="seconds to the hard end")
+    add("--limit", type=float, default=3600, help="seconds to the hard end")
+    add(
+        "--at-once",
+        type=int,
+        default=room_for_machines(),
+        metavar="N",
+        help="so many machines (as many as CPUs, if the memory is enough)",
+    )
     add("--keep", action="store_true", help="keep the initramfs")
     add("--update", action="store_true", help="look for a newer kernel")
     add("--json", type=Path, help="write the table there, too")
@@ -888,12 +993,10 @@ def main() -> int:
         for suite, arch in kernels
         for user in options.user or ["root"]
     ]
-    results = []
-    for job in jobs:
-        try:
-            results.append(run(job, options))
-        except arm64.Missing as error:
-            fail(MISSING, str(error))
+    try:
+        results = run_all(jobs, options)
+    except arm64.Missing as error:
+        fail(MISSING, str(error))
     print(*(result.line for result in results), sep="\n")
     print("\n" + table(results))
     if options.json is not None:
