@@ -106,6 +106,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "needs(*kinds): victims without which the test is skipped; names "
         "of victims.kinds(), 'kernel_thread', 'release', 'root', 'seccomp'",
     )
+    config.addinivalue_line(
+        "markers",
+        "any_kernel: what it shows does not depend on the kernel; `make vm` "
+        "leaves it out",
+    )
 
 
 def _reason(need: str) -> str | None:

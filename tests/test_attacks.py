@@ -461,6 +461,7 @@ def test_a_cgroup_that_was_removed_before_its_turn_is_empty(
             first.close()
 
 
+@pytest.mark.any_kernel
 @needs_root
 @pytest.mark.needs("held")
 def test_the_command_opens_a_path_once(version: int, tmp_path: Path) -> None:
@@ -583,6 +584,7 @@ def check_line(line: str) -> None:
     )
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 def test_a_hostile_name_is_shown_with_escapes(name: str) -> None:
     shown = printable(name)
@@ -596,11 +598,13 @@ def test_a_hostile_name_is_shown_with_escapes(name: str) -> None:
     assert "\n" not in json.dumps(told.as_dict())
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("name", PLAIN, ids=ascii)
 def test_a_plain_name_is_shown_as_it_is(name: str) -> None:
     assert printable(name) == name
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 def test_errors_show_a_hostile_path_with_escapes(
     name: str, tmp_path: Path
@@ -644,6 +648,7 @@ def run_in_terminal(args: Sequence[bytes]) -> tuple[int, bytes]:
         os.close(ours)
 
 
+@pytest.mark.any_kernel
 def test_a_hostile_path_gives_a_terminal_nothing_to_obey(
     version: int, tmp_path: Path
 ) -> None:
@@ -668,6 +673,7 @@ def test_a_hostile_path_gives_a_terminal_nothing_to_obey(
         assert sum(printable(str(path)) in line for line in lines) == 1
 
 
+@pytest.mark.any_kernel
 def test_the_command_s_json_is_one_ascii_line_whatever_the_path(
     version: int, tmp_path: Path
 ) -> None:
@@ -688,6 +694,7 @@ def test_the_command_s_json_is_one_ascii_line_whatever_the_path(
         assert set(document.get("error", "x")) <= set(map(chr, range(32, 127)))
 
 
+@pytest.mark.any_kernel
 def test_wrong_usage_shows_arguments_with_escapes() -> None:
     for words in (
         [b"kill", b"1\x1b[2J"],
@@ -710,6 +717,7 @@ def test_wrong_usage_shows_arguments_with_escapes() -> None:
             check_line(line)
 
 
+@pytest.mark.any_kernel
 def test_what_an_encoding_lacks_silences_nobody(version: int) -> None:
     with (
         Plain(version=version) as group,
@@ -1149,6 +1157,7 @@ def test_no_file_descriptor_is_inherited_by_programs(version: int) -> None:
 # ------------------------------------------- arguments and the environment
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("name", ["--dry-run", "-h"])
 def test_after_two_dashes_a_path_is_no_option(
     name: str, version: int, tmp_path: Path
@@ -1172,6 +1181,7 @@ def test_after_two_dashes_a_path_is_no_option(
         assert f"cgroup {name} empty" in done.stdout
 
 
+@pytest.mark.any_kernel
 def test_nothing_is_imported_from_where_the_command_is_started(
     tmp_path: Path,
 ) -> None:
@@ -1201,6 +1211,7 @@ def test_nothing_is_imported_from_where_the_command_is_started(
 # ------------------------------------------------------ the threat model
 
 
+@pytest.mark.any_kernel
 def test_the_threat_model_names_tests_that_exist() -> None:
     text = (ROOT / "docs" / "threat-model.md").read_text()
     named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", text)

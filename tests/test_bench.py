@@ -71,6 +71,7 @@ NEEDS_CHARTS = pytest.mark.skipif(
 # ------------------------------------------------------------ what it tells
 
 
+@pytest.mark.any_kernel
 def test_it_measures_all_kinds_and_methods_and_ends_within_a_minute(
     tmp_path: Path,
 ) -> None:
@@ -187,6 +188,7 @@ def test_swapped_out_where_there_is_swap() -> None:
         victims.close_all()
 
 
+@pytest.mark.any_kernel
 def test_the_order_is_by_chance_in_rounds_and_the_seed_gives_it_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -238,6 +240,7 @@ def test_where_sigkill_alone_never_ends_it_is_given_up_twice(
     assert "kill() is faster than SIGKILL alone for 1 of 1." in out
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_it_stops_when_its_time_is_over_and_says_so(
     capsys: pytest.CaptureFixture[str],
@@ -253,6 +256,7 @@ def test_it_stops_when_its_time_is_over_and_says_so(
                      re.MULTILINE)  # fmt: skip
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_an_interruption_shows_what_there_is(tmp_path: Path) -> None:
     found = tmp_path / "found.json"
@@ -316,6 +320,7 @@ def mounts() -> set[str]:
     return set(re.findall(r"\S*/mrelease-disk-\S+", text))
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("kind", KINDS_THAT_HOLD)
 @pytest.mark.parametrize(
     "number",
@@ -383,6 +388,7 @@ def test_a_disk_is_thawed_also_if_the_freeze_was_interrupted(
         disk.thaw()  # nothing to do
 
 
+@pytest.mark.any_kernel
 def test_two_at_once_and_nothing_is_left_of_them() -> None:
     both = [
         subprocess.Popen(
@@ -400,6 +406,7 @@ def test_two_at_once_and_nothing_is_left_of_them() -> None:
     assert [leftovers(popen.pid) for popen in both] == [[], []]
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_after_an_error_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch,
@@ -415,6 +422,7 @@ def test_after_an_error_nothing_is_left(
     assert leftovers(os.getpid()) == []
 
 
+@pytest.mark.any_kernel
 def test_a_broken_pipe_ends_it() -> None:
     shell = shutil.which("bash")
     if shell is None:
@@ -431,6 +439,7 @@ def test_a_broken_pipe_ends_it() -> None:
 # ------------------------------------------------------------- wrong usage
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(
     ("args", "why"),
     [
@@ -459,6 +468,7 @@ def test_wrong_usage_is_told_and_nothing_is_started(
     assert "nothing was started" in err or "argument" in err
 
 
+@pytest.mark.any_kernel
 def test_more_than_half_of_the_free_memory_is_refused() -> None:
     most = room()
     status, _, err = run("--sizes", f"{most // MIB * 3 // 4}")
@@ -466,6 +476,7 @@ def test_more_than_half_of_the_free_memory_is_refused() -> None:
     assert "is more than half of the free memory, which is " in err
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_what_no_longer_fits_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -480,6 +491,7 @@ def test_what_no_longer_fits_is_left_out(
     assert capsys.readouterr().err == f"mrelease bench cannot be run: {why}\n"
 
 
+@pytest.mark.any_kernel
 def test_without_a_size_it_takes_what_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -491,6 +503,7 @@ def test_without_a_size_it_takes_what_fits(
         bench.Plan()
 
 
+@pytest.mark.any_kernel
 def test_a_chart_without_matplotlib_is_refused_and_says_how_to_have_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -570,6 +583,7 @@ def in_terminal(*args: str, **env: str) -> tuple[int, str]:
     return popen.returncode, shown.decode()
 
 
+@pytest.mark.any_kernel
 def test_in_a_terminal_progress_has_the_time_left_and_tables_lines() -> None:
     status, shown = in_terminal(*FEW, "--kinds", "asleep")
     assert status == 0, shown
@@ -578,6 +592,7 @@ def test_in_a_terminal_progress_has_the_time_left_and_tables_lines() -> None:
     assert "┃" in shown  # rich
 
 
+@pytest.mark.any_kernel
 def test_without_rich_a_terminal_has_progress_and_plain_tables(
     tmp_path: Path,
 ) -> None:
@@ -591,6 +606,7 @@ def test_without_rich_a_terminal_has_progress_and_plain_tables(
     assert "  victim  SIGKILL alone" in shown
 
 
+@pytest.mark.any_kernel
 def test_without_a_terminal_there_are_no_control_codes() -> None:
     _, out, err = run(*FEW, "--kinds", "asleep", TERM="xterm", FORCE_COLOR="1")
     assert err == ""
@@ -615,6 +631,7 @@ def run_of(*cells: bench.Cell) -> bench.Run:
     return made
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10])
 def test_medians_and_quartiles_are_those_of_statistics(count: int) -> None:
     values = [float(n * n + 1) for n in range(count)]
@@ -625,6 +642,7 @@ def test_medians_and_quartiles_are_those_of_statistics(count: int) -> None:
         assert made.quartiles() == pytest.approx((low / 1e3, high / 1e3))
 
 
+@pytest.mark.any_kernel
 def test_what_was_given_up_is_longer_than_all_else() -> None:
     made = cell("sigkill", 5, math.inf, math.inf)
     assert made.median() == math.inf
@@ -632,6 +650,7 @@ def test_what_was_given_up_is_longer_than_all_else() -> None:
     assert cell("sigkill", 5, 6, math.inf).median() == 0.006
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(
     ("alone", "ours", "said"),
     [
@@ -653,6 +672,7 @@ def test_the_verdict_says_where_it_pays_and_where_it_harms(
     assert said in line
 
 
+@pytest.mark.any_kernel
 def test_the_share_that_came_too_late() -> None:
     made = cell("kill", 1, 2, 3, 4)
     made.outcomes = ["released", "exited", "exiting", "released"]
@@ -660,6 +680,7 @@ def test_the_share_that_came_too_late() -> None:
     assert cell("sigkill", 1).late() is None
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_two_calls_that_come_too_late_are_told() -> None:
     with victims.zombie() as victim:
@@ -693,6 +714,7 @@ def drawn(report: dict[str, Any], tmp_path: Path) -> str:
     return path.read_text()
 
 
+@pytest.mark.any_kernel
 @NEEDS_CHARTS
 def test_the_chart_has_labels_units_and_conditions(drawn: str) -> None:
     text = " ".join(ET.fromstring(drawn).itertext())
@@ -705,6 +727,7 @@ def test_the_chart_has_labels_units_and_conditions(drawn: str) -> None:
         assert wanted in text, wanted
 
 
+@pytest.mark.any_kernel
 @NEEDS_CHARTS
 def test_the_chart_is_readable_on_light_and_on_dark(drawn: str) -> None:
     for paper in chart.PAPERS:
@@ -720,6 +743,7 @@ def test_the_chart_is_readable_on_light_and_on_dark(drawn: str) -> None:
             assert chart.contrast(colour, paper) >= 3, colour
 
 
+@pytest.mark.any_kernel
 def test_contrast_is_that_of_wcag() -> None:
     assert chart.contrast("#000000", "#ffffff") == pytest.approx(21)
     assert chart.contrast("#777777", "#ffffff") == pytest.approx(
@@ -727,6 +751,7 @@ def test_contrast_is_that_of_wcag() -> None:
     )
 
 
+@pytest.mark.any_kernel
 @NEEDS_CHARTS
 def test_a_png_is_one(report: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "drawn.png"
@@ -734,6 +759,7 @@ def test_a_png_is_one(report: dict[str, Any], tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.any_kernel
 def test_a_file_that_was_there_stays_if_the_new_one_fails(
     tmp_path: Path,
 ) -> None:

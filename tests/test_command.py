@@ -83,6 +83,7 @@ def test_kill_prints_the_release_and_exits_with_0() -> None:
     assert "signalled " in line
 
 
+@pytest.mark.any_kernel
 def test_the_installed_script_does_the_same() -> None:
     script = Path(sysconfig.get_path("scripts"), "mrelease")
     if not script.exists():
@@ -96,6 +97,7 @@ def test_the_installed_script_does_the_same() -> None:
     assert done.stdout.startswith(f"pid {victim.pid} ")
 
 
+@pytest.mark.any_kernel
 def test_each_pid_gets_its_line_in_the_order_given() -> None:
     with victims.asleep(16) as a, victims.asleep(16) as b:
         done = mrelease("kill", b.pid, a.pid)
@@ -106,6 +108,7 @@ def test_each_pid_gets_its_line_in_the_order_given() -> None:
     assert told == [["pid", str(b.pid)], ["pid", str(a.pid)]]
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_json_is_a_document_a_line_with_all_of_the_release() -> None:
     gone = victims.reaped_pid()
@@ -127,6 +130,7 @@ def test_json_is_a_document_a_line_with_all_of_the_release() -> None:
     assert second["error"].startswith(f"cannot kill pid {gone}: ")
 
 
+@pytest.mark.any_kernel
 def test_a_pid_that_is_gone_does_not_stop_the_others() -> None:
     gone = victims.reaped_pid()
     with victims.asleep(16) as victim:
@@ -139,6 +143,7 @@ def test_a_pid_that_is_gone_does_not_stop_the_others() -> None:
     assert done.stdout.startswith(f"pid {victim.pid} ")
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("shared")
 @pytest.mark.needs("release")
 def test_memory_that_is_not_back_exits_with_1() -> None:
@@ -149,6 +154,7 @@ def test_memory_that_is_not_back_exits_with_1() -> None:
     assert done.stdout.startswith(f"pid {victim.pid} shared: ")
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("shared")
 def test_the_worst_pid_decides_the_exit_code() -> None:
     gone = victims.reaped_pid()
@@ -181,6 +187,7 @@ def test_anothers_process_exits_with_4_and_does_not_stop_the_others(
     assert not_there.startswith(f"mrelease: cannot kill pid {gone}: ")
 
 
+@pytest.mark.any_kernel
 def test_denied_is_told_in_json(unprivileged: Unprivileged) -> None:
     with victims.asleep(16) as roots:
         code, out, err = unprivileged(
@@ -196,6 +203,7 @@ BAD_PIDS = ["0", "-1", "1", "abc", "", "1.5", "1_0", " 7", "\u0663", "-",
             "0x10", str(2**31), str(2**70), "-0"]  # fmt: skip
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("bad", BAD_PIDS)
 def test_a_malformed_pid_is_wrong_usage_and_nothing_is_signalled(
     bad: str,
@@ -210,6 +218,7 @@ def test_a_malformed_pid_is_wrong_usage_and_nothing_is_signalled(
     assert bad.strip("-") in done.stderr
 
 
+@pytest.mark.any_kernel
 def test_the_command_itself_is_refused() -> None:
     with victims.asleep(1) as victim:
         done = subprocess.run(
@@ -231,6 +240,7 @@ def test_a_kernel_thread_is_refused() -> None:
     assert "it is a kernel thread" in done.stderr
 
 
+@pytest.mark.any_kernel
 def test_a_thread_is_refused() -> None:
     with victims.asleep(1, threads=2) as victim:
         thread = victim.tids()[1]
@@ -240,6 +250,7 @@ def test_a_thread_is_refused() -> None:
     assert f"it is a thread of pid {victim.pid}" in done.stderr
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("option", ["--grace", "--timeout"])
 @pytest.mark.parametrize("bad", ["-1", "nan", "soon", ""])
 def test_a_malformed_time_is_wrong_usage(option: str, bad: str) -> None:
@@ -251,6 +262,7 @@ def test_a_malformed_time_is_wrong_usage(option: str, bad: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(
     "args",
     [
@@ -268,6 +280,7 @@ def test_wrong_arguments_exit_with_2_and_say_how(args: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.any_kernel
 def test_a_pid_given_twice_is_killed_once() -> None:
     with victims.asleep(1) as victim:
         done = mrelease("kill", victim.pid, victim.pid)
@@ -275,6 +288,7 @@ def test_a_pid_given_twice_is_killed_once() -> None:
     assert len(done.stdout.splitlines()) == 1
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("seccomp")
 def test_all_are_pinned_before_the_first_is_killed() -> None:
     def let(call: Call) -> Do:
@@ -299,6 +313,7 @@ def test_all_are_pinned_before_the_first_is_killed() -> None:
     assert max(pins) < min(kills)
 
 
+@pytest.mark.any_kernel
 def test_more_victims_than_the_soft_limit_of_files() -> None:
     def limit() -> None:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -314,6 +329,7 @@ def test_more_victims_than_the_soft_limit_of_files() -> None:
         assert all(victim.ended() for victim in many)
 
 
+@pytest.mark.any_kernel
 def test_without_file_descriptors_exit_code_4_and_the_pinned_are_killed() -> (
     None
 ):
@@ -337,6 +353,7 @@ def test_without_file_descriptors_exit_code_4_and_the_pinned_are_killed() -> (
 # ---------------------------------------------------------- grace, locks
 
 
+@pytest.mark.any_kernel
 def test_grace_lets_it_end_by_sigterm() -> None:
     with victims.asleep(16, sigterm="exit") as victim:
         done = mrelease("kill", "--grace", "30", victim.pid)
@@ -347,6 +364,7 @@ def test_grace_lets_it_end_by_sigterm() -> None:
     assert "signalled " not in done.stdout
 
 
+@pytest.mark.any_kernel
 def test_after_the_grace_it_is_killed() -> None:
     with victims.asleep(16, sigterm="ignore") as victim:
         done = mrelease("kill", "--grace", "0.05", "--json", victim.pid)
@@ -371,6 +389,7 @@ def test_robust_locks_are_protected_unless_they_are_to_be_ignored() -> None:
     assert told["outcome"] != "locked"
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("held")
 def test_timeout_bounds_the_wait() -> None:
     with victims.held(16) as victim:
@@ -384,6 +403,7 @@ def test_timeout_bounds_the_wait() -> None:
 # -------------------------------------------------------------- dry run
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("seccomp")
 @pytest.mark.needs("release")
 def test_dry_run_sends_nothing() -> None:
@@ -419,6 +439,7 @@ def test_dry_run_sends_nothing() -> None:
     assert victim.pid not in {call.args[0] for call in made}
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_dry_run_says_what_would_happen() -> None:
     with victims.asleep(16) as victim:
@@ -430,6 +451,7 @@ def test_dry_run_says_what_would_happen() -> None:
     )
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_dry_run_tells_the_grace() -> None:
     with victims.asleep(16) as victim:
@@ -438,6 +460,7 @@ def test_dry_run_tells_the_grace() -> None:
     assert "would get SIGTERM, after 2.5 s SIGKILL and be" in done.stdout
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_dry_run_in_json() -> None:
     gone = victims.reaped_pid()
@@ -494,6 +517,7 @@ def test_dry_run_says_if_the_locks_cannot_be_checked(
     assert done.stdout.endswith("(locks cannot be checked)\n")
 
 
+@pytest.mark.any_kernel
 def test_dry_run_says_if_there_would_be_no_release(
     answered: Answered,
 ) -> None:
@@ -507,11 +531,13 @@ def test_dry_run_says_if_there_would_be_no_release(
     assert "ENOSYS" in done.stdout
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("bad", ["0", "1", "abc"])
 def test_dry_run_refuses_what_kill_refuses(bad: str) -> None:
     assert mrelease("kill", "--dry-run", bad).returncode == 2
 
 
+@pytest.mark.any_kernel
 def test_dry_run_of_what_has_ended_would_send_nothing() -> None:
     with victims.zombie(1) as victim:
         done = mrelease("kill", "--dry-run", victim.pid)
@@ -538,6 +564,7 @@ def run_into(stdout: int, *args: str | int) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.any_kernel
 def test_a_broken_pipe_does_not_matter_for_the_kills() -> None:
     read, write = os.pipe()
     os.close(read)
@@ -549,6 +576,7 @@ def test_a_broken_pipe_does_not_matter_for_the_kills() -> None:
     assert (code, err) == (0, "")
 
 
+@pytest.mark.any_kernel
 def test_a_full_disk_does_not_matter_for_the_kills() -> None:
     with (
         open("/dev/full", "w") as full,
@@ -561,6 +589,7 @@ def test_a_full_disk_does_not_matter_for_the_kills() -> None:
     assert (code, err) == (0, "")
 
 
+@pytest.mark.any_kernel
 def test_closed_streams_do_not_matter_for_the_kills() -> None:
     gone = victims.reaped_pid()
     with victims.asleep(1) as a, victims.asleep(1) as b:
@@ -573,6 +602,7 @@ def test_closed_streams_do_not_matter_for_the_kills() -> None:
     assert done.returncode == 3
 
 
+@pytest.mark.any_kernel
 def test_a_broken_pipe_ends_support_without_a_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
@@ -599,6 +629,7 @@ def start_in_grace(
     return started
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 )
@@ -627,6 +658,7 @@ def test_interrupted_in_a_grace_all_are_killed_at_once(
     assert err == ""
 
 
+@pytest.mark.any_kernel
 def test_interrupted_it_tells_in_json_too() -> None:
     gone = victims.reaped_pid()
     with (
@@ -643,6 +675,7 @@ def test_interrupted_it_tells_in_json_too() -> None:
     assert (not_there["pid"], not_there["outcome"]) == (gone, "gone")
 
 
+@pytest.mark.any_kernel
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored() -> None:
     with (
         victims.stopped(16) as victim,
@@ -663,6 +696,7 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored() -> None:
         assert started.wait(30) == 128 + signal.SIGTERM
 
 
+@pytest.mark.any_kernel
 def test_two_commands_at_once_on_the_same_victims() -> None:
     with contextlib.ExitStack() as stack:
         many = [stack.enter_context(victims.asleep(16)) for _ in range(4)]
@@ -696,6 +730,7 @@ def pids_of(text: str) -> list[int]:
     return [int(line.split()[1]) for line in text.splitlines()]
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("option", ["--tree", "--group"])
 def test_a_tree_or_group_is_killed_and_told_line_by_line(option: str) -> None:
     with (
@@ -726,6 +761,7 @@ def test_a_cgroup_is_killed_and_told() -> None:
     assert "4 processes, " in last
 
 
+@pytest.mark.any_kernel
 def test_trees_in_json_are_a_document_a_victim() -> None:
     gone = victims.reaped_pid()
     with Family(TREE) as family:
@@ -739,6 +775,7 @@ def test_trees_in_json_are_a_document_a_victim() -> None:
     assert last["errno"] == "ESRCH"
 
 
+@pytest.mark.any_kernel
 def test_a_cgroup_in_json_is_one_document() -> None:
     with Meter() as group, Family(TREE, groups=[group]) as family:
         pids = family.wait_for(4)
@@ -754,6 +791,7 @@ def test_a_cgroup_in_json_is_one_document() -> None:
     assert not_there["errno"] == "ENOENT"
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("option", ["--tree", "--group", "--cgroup"])
 @pytest.mark.needs("release")
 def test_dry_run_lists_what_would_be_killed(option: str) -> None:
@@ -782,6 +820,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(("option", "bad"), WRONG)
 def test_what_must_not_be_killed_is_told_before_anything_is_signalled(
     option: str, bad: str
@@ -800,6 +839,7 @@ def test_what_must_not_be_killed_is_told_before_anything_is_signalled(
     assert "nothing was signalled" in done.stderr
 
 
+@pytest.mark.any_kernel
 def test_the_tree_and_the_group_of_the_command_are_refused() -> None:
     for option in ("--tree", "--group"):
         done = subprocess.run(
@@ -810,6 +850,7 @@ def test_the_tree_and_the_group_of_the_command_are_refused() -> None:
         assert "the caller is in it" in done.stderr
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(
     "args",
     [
@@ -823,6 +864,7 @@ def test_options_that_exclude_each_other(args: tuple[str, ...]) -> None:
     assert mrelease("kill", *args).returncode == 2
 
 
+@pytest.mark.any_kernel
 def test_no_such_group_exits_with_3_and_does_not_stop_the_others() -> None:
     with Family(TREE, new_session=True) as family:
         family.wait_for(4)
@@ -833,6 +875,7 @@ def test_no_such_group_exits_with_3_and_does_not_stop_the_others() -> None:
     assert len(done.stdout.splitlines()) == 4
 
 
+@pytest.mark.any_kernel
 def test_a_tree_of_another_user_exits_with_4(
     unprivileged: Unprivileged,
 ) -> None:
@@ -846,6 +889,7 @@ def test_a_tree_of_another_user_exits_with_4(
     assert "belongs to another user" in err
 
 
+@pytest.mark.any_kernel
 def test_interrupted_in_a_grace_a_tree_is_told_and_the_next_left_alone() -> (
     None
 ):
@@ -925,6 +969,7 @@ def many() -> Iterator[list[str]]:
         yield [str(pid) for pid in sorted(pids)]
 
 
+@pytest.mark.any_kernel
 def test_progress_of_many_is_shown_on_a_terminal_and_erased(
     many: list[str],
 ) -> None:
@@ -938,6 +983,7 @@ def test_progress_of_many_is_shown_on_a_terminal_and_erased(
     assert text.count("\r\npid ") + text.count(f"{ERASE}pid ") == 12
 
 
+@pytest.mark.any_kernel
 def test_the_progress_of_a_tree(many: list[str]) -> None:
     code, text = on_terminal(["kill", "--tree", "--grace", "1", many[0]])
     assert code == 0, text
@@ -945,12 +991,14 @@ def test_the_progress_of_a_tree(many: list[str]) -> None:
     assert f"{ERASE}pid " in text
 
 
+@pytest.mark.any_kernel
 def test_no_progress_where_it_is_not_for_eyes(many: list[str]) -> None:
     code, text = on_terminal(["kill", "--grace", "0.3", *many], term="dumb")
     assert code == 0
     assert "\x1b" not in text
 
 
+@pytest.mark.any_kernel
 def test_no_progress_beside_json_on_the_same_terminal(
     many: list[str],
 ) -> None:
@@ -959,6 +1007,7 @@ def test_no_progress_beside_json_on_the_same_terminal(
     assert "\x1b" not in text
 
 
+@pytest.mark.any_kernel
 def test_progress_beside_json_that_goes_elsewhere(many: list[str]) -> None:
     with open(os.devnull, "w") as nowhere:
         code, text = on_terminal(
@@ -970,12 +1019,14 @@ def test_progress_beside_json_that_goes_elsewhere(many: list[str]) -> None:
     assert text.endswith(ERASE)
 
 
+@pytest.mark.any_kernel
 def test_no_progress_of_a_few(many: list[str]) -> None:
     code, text = on_terminal(["kill", "--grace", "0.3", *many[:8]])
     assert code == 0
     assert "\x1b" not in text
 
 
+@pytest.mark.any_kernel
 def test_interrupted_the_progress_is_erased(many: list[str]) -> None:
     code, text = on_terminal(["kill", "--grace", "60", *many], interrupt=2.5)
     assert code == 130
@@ -1008,6 +1059,7 @@ def test_support_tells_what_works_and_exits_with_0() -> None:
     assert "release: yes: " in done.stdout
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_support_in_json() -> None:
     done = mrelease("support", "--probe", "--json")
@@ -1043,6 +1095,7 @@ EXIT_CODES = [
 ]
 
 
+@pytest.mark.any_kernel
 def test_the_exit_codes_stand_in_help_and_in_the_module() -> None:
     text = mrelease("kill", "--help").stdout
     assert cli.__doc__ is not None
@@ -1051,6 +1104,7 @@ def test_the_exit_codes_stand_in_help_and_in_the_module() -> None:
         assert line in cli.__doc__
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("command", ["kill", "support", "demo", None])
 def test_help_of_each_command(command: str | None) -> None:
     args = [command] if command else []
@@ -1061,12 +1115,14 @@ def test_help_of_each_command(command: str | None) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+@pytest.mark.any_kernel
 def test_version() -> None:
     done = mrelease("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("mrelease 0")
 
 
+@pytest.mark.any_kernel
 def test_all_output_is_ascii_where_the_locale_is_c() -> None:
     with victims.asleep(16) as victim:
         done = subprocess.run(
@@ -1079,6 +1135,7 @@ def test_all_output_is_ascii_where_the_locale_is_c() -> None:
     assert done.stdout.isascii()
 
 
+@pytest.mark.any_kernel
 def test_head_reads_one_line_and_all_are_killed() -> None:
     shell = shutil.which("bash")
     if shell is None:

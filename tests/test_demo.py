@@ -126,12 +126,14 @@ def test_it_shows_both_times_as_bars_of_one_scale() -> None:
     assert "the longest time between two looks was " in out
 
 
+@pytest.mark.any_kernel
 def test_without_a_terminal_there_are_no_control_codes() -> None:
     _, out, _ = run(16, TERM="xterm-256color", FORCE_COLOR="1")
     assert all(character.isprintable() or character == "\n"
                for character in out), repr(out)  # fmt: skip
 
 
+@pytest.mark.any_kernel
 def test_where_stdout_takes_ascii_only_the_bars_are_ascii() -> None:
     status, out, err = run(
         16, LC_ALL="C", PYTHONIOENCODING="", PYTHONUTF8="0",
@@ -142,6 +144,7 @@ def test_where_stdout_takes_ascii_only_the_bars_are_ascii() -> None:
     assert re.search(r"^SIGKILL alone  [#|]+  ", out, re.MULTILINE), out
 
 
+@pytest.mark.any_kernel
 def test_in_a_tiny_terminal_the_bars_fit() -> None:
     status, out, err = run(16, COLUMNS="20")
     assert (status, err) == (0, "")
@@ -151,6 +154,7 @@ def test_in_a_tiny_terminal_the_bars_fit() -> None:
     assert any(len(bar) >= 18 for bar in bars)
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_the_plain_kill_is_given_up_and_shown_as_not_yet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -232,6 +236,7 @@ def test_victim_and_busy_processes_compete_in_the_same_groups() -> None:
     pytest.fail("the victim had ended each time")
 
 
+@pytest.mark.any_kernel
 def test_the_victim_holds_private_memory_that_is_touched() -> None:
     with Stage() as stage, stage.make("starved", 32 * MIB) as child:
         status = victims.status_of(child.pid)
@@ -241,6 +246,7 @@ def test_the_victim_holds_private_memory_that_is_touched() -> None:
 # ------------------------------------------------------ nothing is left
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 )
@@ -256,6 +262,7 @@ def test_interrupted_it_cleans_up_and_says_so(
     assert "Traceback" not in out
 
 
+@pytest.mark.any_kernel
 def test_a_second_ctrl_c_does_not_stop_the_cleaning_up(
     running: Running,
 ) -> None:
@@ -271,6 +278,7 @@ def test_a_second_ctrl_c_does_not_stop_the_cleaning_up(
     assert "Traceback" not in err
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_ctrl_c_for_the_whole_group_leaves_nothing_and_no_traceback() -> None:
     popen = subprocess.Popen(
@@ -294,6 +302,7 @@ def test_ctrl_c_for_the_whole_group_leaves_nothing_and_no_traceback() -> None:
     assert groups_of(popen.pid) == []
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ended_at_any_moment_of_its_start_no_busy_process_is_left(
     number: signal.Signals,
@@ -333,6 +342,7 @@ def test_killed_it_takes_busy_processes_and_victims_with_it(
     assert groups_of(running.popen.pid) == []
 
 
+@pytest.mark.any_kernel
 def test_killed_it_takes_a_victim_with_it_that_was_not_killed_yet() -> None:
     program = (
         "from mrelease.stage import Stage\n"
@@ -360,6 +370,7 @@ def test_killed_it_takes_a_victim_with_it_that_was_not_killed_yet() -> None:
         group.rmdir()
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_after_an_error_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch,
@@ -376,6 +387,7 @@ def test_after_an_error_nothing_is_left(
     assert threading.active_count() == 1
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_a_broken_pipe_ends_it_and_nothing_is_left() -> None:
     shell = shutil.which("bash")
@@ -391,6 +403,7 @@ def test_a_broken_pipe_ends_it_and_nothing_is_left() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_two_demos_at_once() -> None:
     both = [
@@ -461,6 +474,7 @@ def test_where_no_cgroup_can_be_made_it_says_why(
     assert "Operation not permitted" in done.stdout
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_where_scheduling_cannot_be_set_nice_is_used_and_told(
     answered: Answered,
@@ -492,6 +506,7 @@ def test_where_the_call_is_missing_it_says_why_and_starts_nothing(
     assert "Allow process_mrelease" in done.stderr
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_a_victim_that_gets_no_memory_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -505,6 +520,7 @@ def test_a_victim_that_gets_no_memory_is_told(
     assert "a victim of 1.0 GiB cannot be made: " in capsys.readouterr().err
 
 
+@pytest.mark.any_kernel
 def test_the_size_is_a_quarter_of_the_room_and_1_gib_at_most() -> None:
     size = demo._fitting()
     assert 0 < size <= 1 << 30
@@ -610,6 +626,7 @@ class Fixed(Meter):
         return value
 
 
+@pytest.mark.any_kernel
 def test_a_watch_tells_when_the_limit_is_reached() -> None:
     values = [100] * 50 + [11, 10]
     with Watch(Fixed(*values), 10, give_up=30) as watch:
@@ -620,6 +637,7 @@ def test_a_watch_tells_when_the_limit_is_reached() -> None:
     assert seconds < 30
 
 
+@pytest.mark.any_kernel
 def test_a_watch_gives_up() -> None:
     with Watch(Fixed(100), 10, give_up=0.05) as watch:
         begun = monotonic_ns()
@@ -628,6 +646,7 @@ def test_a_watch_gives_up() -> None:
     assert not watch._thread.is_alive()
 
 
+@pytest.mark.any_kernel
 def test_a_watch_raises_what_its_meter_raises() -> None:
     broken = OSError(5, "broken")
     with (
@@ -637,6 +656,7 @@ def test_a_watch_raises_what_its_meter_raises() -> None:
         watch.wait(monotonic_ns())
 
 
+@pytest.mark.any_kernel
 def test_a_watch_raises_its_own_thread_alone() -> None:
     before = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)
     with Watch(Fixed(100), 10, give_up=30) as watch:
@@ -655,6 +675,7 @@ def test_a_watch_raises_its_own_thread_alone() -> None:
 # ------------------------------------------------------ bars and sentences
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(
     ("share", "blocks", "drawn"),
     [
@@ -671,6 +692,7 @@ def test_a_bar_shows_its_share(share: float, blocks: bool, drawn: str) -> None:
     assert demo.bar(share, 8, blocks=blocks) == drawn
 
 
+@pytest.mark.any_kernel
 def test_bars_have_one_scale() -> None:
     rows: list[tuple[str, float | None]] = [("a", 10.0), ("bb", 2.5)]
     assert demo.chart(rows, 15, 61, blocks=False) == [
@@ -679,6 +701,7 @@ def test_bars_have_one_scale() -> None:
     ]
 
 
+@pytest.mark.any_kernel
 def test_the_longest_bar_is_the_one_that_was_given_up() -> None:
     rows: list[tuple[str, float | None]] = [("a", None), ("b", 3.0)]
     assert demo.chart(rows, 15, 60, blocks=False) == [
@@ -687,6 +710,7 @@ def test_the_longest_bar_is_the_one_that_was_given_up() -> None:
     ]
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("width", range(1, 200))
 def test_no_line_of_the_chart_is_wider_than_the_terminal(width: int) -> None:
     rows: list[tuple[str, float | None]] = [
@@ -699,6 +723,7 @@ def test_no_line_of_the_chart_is_wider_than_the_terminal(width: int) -> None:
     assert max(map(len, wide)) <= max(1, width)
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(
     ("alone", "released", "said"),
     [

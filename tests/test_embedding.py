@@ -19,6 +19,8 @@ import pytest
 import mrelease
 import victims
 
+pytestmark = pytest.mark.any_kernel
+
 SOURCE = Path(__file__).parent / "native/embed.c"
 
 

@@ -503,6 +503,7 @@ def ask_all(name: str, here: Here, how: settings) -> None:
         api.close()
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("root", "seccomp")
 @pytest.mark.parametrize("name", APIS)
 def test_arguments_of_any_kind_are_refused_and_nothing_is_signalled(
@@ -614,6 +615,7 @@ def ask_the_command(here: Here, how: settings) -> None:
     ask()
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("root", "seccomp")
 def test_the_command_refuses_words_of_any_kind(
     budget: Callable[[int], settings],
@@ -645,6 +647,7 @@ RELEASES = st.builds(
 )
 
 
+@pytest.mark.any_kernel
 def test_values_of_any_size_print_on_one_line_and_compare(
     budget: Callable[[int], settings],
 ) -> None:
@@ -668,6 +671,7 @@ def test_values_of_any_size_print_on_one_line_and_compare(
     check()
 
 
+@pytest.mark.any_kernel
 def test_values_hold_anything_and_stay_as_they_are(
     budget: Callable[[int], settings],
 ) -> None:

@@ -13,6 +13,8 @@ import pytest
 import mrelease
 from mrelease import _mrelease
 
+pytestmark = pytest.mark.any_kernel
+
 SOURCES = Path(mrelease.__file__).parent
 
 HEAVY = {

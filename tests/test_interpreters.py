@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
+pytestmark = pytest.mark.any_kernel
+
 OWN_GIL = sys.version_info >= (3, 12)
 FREE_THREADED_3_13 = sys.version_info < (3, 14) and bool(
     sysconfig.get_config_var("Py_GIL_DISABLED")

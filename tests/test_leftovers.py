@@ -16,6 +16,8 @@ import victims
 if TYPE_CHECKING:
     import contextlib
 
+pytestmark = pytest.mark.any_kernel
+
 _MARK = f"MARK=of-{os.getpid()}"
 _MARKED = {**os.environ, "MARK": f"of-{os.getpid()}"}
 _HANGS = """

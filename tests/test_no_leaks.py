@@ -53,6 +53,8 @@ from mrelease import _mrelease
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.any_kernel
+
 MANY = 100_000
 # glibc keeps 7 chunks of a size for each thread that has freed some: what one
 # thread has made and another freed. A job of a Reaper has less than 1 KiB.

@@ -11,6 +11,8 @@ import pytest
 import promises
 from promises import ROOT, Promise
 
+pytestmark = pytest.mark.any_kernel
+
 ALL = [promise for part in promises.parts().values() for promise in part]
 
 

@@ -319,6 +319,7 @@ def test_the_unit_gives_what_it_takes_and_no_more(
     check(found, without, *never)
 
 
+@pytest.mark.any_kernel
 def test_systemd_has_nothing_to_say_against_the_unit(tmp_path: Path) -> None:
     program, *_ = settings()["ExecStart"][-1].split()
     copy = tmp_path / UNIT.name
@@ -327,6 +328,7 @@ def test_systemd_has_nothing_to_say_against_the_unit(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.any_kernel
 def test_systemd_finds_the_unit_little_exposed() -> None:
     """2.0 of 10, where a service without any restriction has 9.6."""
     done = analyze(

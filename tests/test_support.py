@@ -122,6 +122,7 @@ def test_what_it_says_of_others_and_locks_is_true(
     assert bool(support().locks.works) is (locks == "free")
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_as_dict_is_ready_for_json() -> None:
     told = support(probe=True).as_dict()
@@ -136,6 +137,7 @@ def test_as_dict_is_ready_for_json() -> None:
         assert feature["name"] == name
 
 
+@pytest.mark.any_kernel
 def test_as_text_it_names_every_feature_once() -> None:
     found = support()
     lines = str(found).splitlines()
@@ -148,6 +150,7 @@ def test_as_text_it_names_every_feature_once() -> None:
     assert advice == [f.advice for f in found.features if f.advice]
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("probe", [1, 0, None, "yes"])
 def test_probe_must_be_a_bool(probe: object) -> None:
     with pytest.raises(TypeError, match="probe must be a bool, not "):

@@ -17,6 +17,8 @@ from mrelease.footprint import in_units
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.any_kernel
+
 MIB = 1 << 20
 GIB = 1 << 30
 FOOTPRINT = Footprint(1 * GIB, 5 * MIB, 3 * MIB, 0, 2 * MIB)
