@@ -214,6 +214,7 @@ def groups_and_cpus(pid: int) -> tuple[str, ...]:
     )
 
 
+@pytest.mark.any_kernel
 def test_victim_and_busy_processes_compete_in_the_same_groups() -> None:
     for _ in range(20):
         with contextlib.closing(starved_demo()) as running:
@@ -452,6 +453,7 @@ def test_an_ordinary_user_sees_it_too_and_what_is_different(
         assert "No memory cgroup of its own" in out
 
 
+@pytest.mark.any_kernel
 @pytest.mark.needs("release")
 def test_where_no_cgroup_can_be_made_it_says_why(
     answered: Answered,
@@ -600,6 +602,7 @@ def test_a_cgroup_meter_counts_the_victim_and_what_it_gives_back() -> None:
         assert watch.gap > 0
 
 
+@pytest.mark.any_kernel
 def test_the_meter_of_the_machine_rises_when_memory_is_used() -> None:
     changes = []
     with AvailableMeter() as meter:

@@ -809,6 +809,7 @@ def test_it_works_beside_threads_that_fork_and_wait_for_any_child(
     assert in_child(run) == ["done"] * turns
 
 
+@pytest.mark.any_kernel
 def test_several_threads_warm_up_at_once() -> None:
     def run() -> list[object]:
         found: list[object] = []

@@ -14,6 +14,8 @@ from test_interpreters import FREE_THREADED_3_13
 SOAK = Path(__file__).with_name("soak.py")
 
 
+# In a machine it is `make soak ARGS=--machine`.
+@pytest.mark.any_kernel
 def test_20_seconds_of_soak() -> None:
     """In a process of its own: what it leaks and who it kills is counted."""
     if not mrelease.support():
