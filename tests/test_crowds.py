@@ -27,6 +27,7 @@ PATIENCE = CROWD * 50e-6
 """Seconds: src/reap.c, END_OF_THREAD."""
 
 
+@pytest.mark.needs("release")
 def test_a_crowd_with_little_memory_is_left_to_its_end(kill: Kill) -> None:
     with victims.asleep(16, threads=CROWD) as victim:
         release = kill(victim.pid)

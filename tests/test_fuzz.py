@@ -927,7 +927,8 @@ class Sequences(stateful.RuleBasedStateMachine):
         found = victim.footprint()
         assert not had_ended or found.rss == 0
         if not of.asked and of.subject.kind != "zombie":
-            assert found.anon >= of.subject.mib * victims.MIB
+            size = of.subject.mib * victims.MIB
+            assert found.anon >= victims.nearly(size)
             released = victim.release(timeout=0.01)
             assert released.outcome is Outcome.ALIVE
             assert not released.freed
@@ -1189,6 +1190,7 @@ class Sequences(stateful.RuleBasedStateMachine):
 
 
 @pytest.mark.usefixtures("quick_collections")
+@pytest.mark.needs("release")
 def test_calls_in_any_order(budget: Callable[[int], settings]) -> None:
     bystander = soak.Bystander()
     try:
@@ -1348,6 +1350,7 @@ def _locks_of(told: set[Release]) -> Any:  # noqa: ANN401 - a Literal
 
 
 @pytest.mark.usefixtures("quick_collections")
+@pytest.mark.needs("release")
 def test_several_threads_use_the_same_at_once(
     budget: Callable[[int], settings],
 ) -> None:

@@ -1056,6 +1056,7 @@ def spin(seconds: float) -> None:
         pass
 
 
+@pytest.mark.needs("release")
 def test_a_rival_that_kills_too_makes_no_exception_in_200_rounds(
     rounds: Callable[[int], int],
     kill: Kill,
@@ -1086,6 +1087,7 @@ def test_a_rival_that_kills_too_makes_no_exception_in_200_rounds(
     assert unsure <= rounds(200) // 2
 
 
+@pytest.mark.needs("release")
 def test_a_rival_that_kills_and_reaps_makes_process_lookup_error_only(
     rounds: Callable[[int], int],
     kill: Kill,

@@ -83,6 +83,7 @@ def check_locked(
 # ----------------------------------------------- 200 kills of a holder
 
 
+@pytest.mark.needs("release")
 def test_100_kills_of_an_idle_holder_leave_no_waiter_hanging(
     tmp_path: Path, rounds: Callable[[int], int], kill: Kill
 ) -> None:
