@@ -66,6 +66,7 @@ def test_a_crowd_with_much_memory_is_released_at_once(kill: Kill) -> None:
         assert victim.rss_anon() < 1 << 20
 
 
+@pytest.mark.needs("release")
 def test_patience_is_at_most_half_of_the_timeout(kill: Kill) -> None:
     with victims.held(16, threads=CROWD) as victim:
         release = kill(victim.pid, timeout=0.02)

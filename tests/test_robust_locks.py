@@ -228,6 +228,7 @@ def test_a_lock_held_by_the_last_of_many_threads_is_found(
 
 
 @pytest.mark.needs("held_64_threads")
+@pytest.mark.needs("release")
 def test_a_lock_held_by_the_last_of_300_threads_is_found(
     tmp_path: Path,
     kill: Kill,
