@@ -48,6 +48,11 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.needs("seccomp", "release")
 
+# There all waits are ppoll(2): they can not be told apart.
+WITH_POLL = pytest.mark.skipif(
+    platform.machine() == "aarch64", reason="aarch64 has no poll(2)"
+)
+
 MIB = victims.MIB
 BACK = {Outcome.RELEASED, Outcome.EXITED}
 LONG = 20.0
@@ -725,6 +730,7 @@ def test_who_shares_it_is_not_waited_for_beyond_the_timeout(
 
 
 @pytest.mark.needs("shared")
+@WITH_POLL
 def test_ctrl_c_as_a_sharing_victim_ends_in_its_grace(
     answered: Answered,
 ) -> None:
@@ -894,6 +900,7 @@ def test_what_only_the_end_gives_back_is_waited_for(kill: Kill) -> None:
 
 
 @pytest.mark.needs("held")
+@WITH_POLL
 def test_a_wait_that_begins_too_late_is_none(answered: Answered) -> None:
     """poll() took longer than there was time."""
     with victims.held(4, shared_anon=2) as victim:

@@ -105,7 +105,7 @@ try:
         memory.madvise(21)  # MADV_PAGEOUT, Linux 5.4
     never = _thread.allocate_lock()
     never.acquire()
-    _thread.stack_size(1 << 16)
+    _thread.stack_size(1 << 18)  # aarch64: 1 << 17 or more
     for _ in range(int(words.get("threads", 1)) - 1):
         _thread.start_new_thread(never.acquire, ())
     fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
