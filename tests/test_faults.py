@@ -1308,6 +1308,57 @@ def test_a_worker_is_kept_off_the_cpu_of_who_kills(
         assert error is None or refused > 0
 
 
+# ------------------------------------------ a worker that does not come back
+
+
+@pytest.mark.needs("held")
+def test_a_try_that_is_stuck_does_not_hide_what_the_one_before_found(
+    answered: Answered,
+) -> None:
+    with victims.held(1) as victim:
+        answers: list[float] = []
+
+        def answer(_: Call) -> Plain:
+            answers.append(time.monotonic())
+            # Not before it is known to the Reaper that the kill went out.
+            late = answers[-1] - answers[0] > 0.2
+            return BLOCK if late else errno.EINVAL
+
+        def kill() -> mrelease.Release:
+            return mrelease.Reaper().kill(victim.pid, timeout=1).result()
+
+        kernel = answered({"process_mrelease": [answer]})
+        job = kernel.start(kill)
+        kernel.blocked()
+        release = job.result()
+        assert release.outcome is Outcome.SHARED, release
+        assert release.errno == errno.EINVAL
+        assert not release.freed
+
+
+@pytest.mark.needs("held")
+def test_who_ends_in_the_queue_behind_another_leaves_it(
+    answered: Answered,
+) -> None:
+    """The other, and the one that the worker is stuck with, do not end."""
+    with (
+        victims.held(1) as stuck,
+        victims.held(8) as big,
+        victims.asleep(1) as small,
+    ):
+
+        def kill() -> mrelease.Release:
+            reaper = mrelease.Reaper(threads=1, spares=0)
+            reaper.kill(stuck.pid, timeout=0.1).result()
+            reaper.kill(big.pid, timeout=LONG)
+            return reaper.kill(small.pid, timeout=LONG).result()
+
+        release = answered({"process_mrelease": BLOCK}).run(kill)
+        assert release.outcome is Outcome.EXITED, release
+        assert release.freed
+        assert release.attempts == 0
+
+
 # ----------------------------------------------------------------- one CPU
 
 

@@ -7,7 +7,6 @@ The Reaper is made in the child that has the filter; its threads inherit it.
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import signal
@@ -264,31 +263,6 @@ def test_without_a_free_thread_an_end_is_told_when_it_comes(
         assert release.outcome is Outcome.EXITED
         assert release.freed
         assert took < 4
-
-
-@pytest.mark.needs("release")
-def test_a_try_that_is_stuck_does_not_hide_what_the_one_before_found(
-    answered: Answered,
-) -> None:
-    with victims.held(1) as stuck:
-        answers: list[float] = []
-
-        def answer(_: Call) -> kernel_errors.Plain:
-            answers.append(time.monotonic())
-            # Not before it is known to the Reaper that the kill went out.
-            late = answers[-1] - answers[0] > 0.2
-            return BLOCK if late else errno.EINVAL
-
-        def run() -> Release:
-            return Reaper().kill(stuck.pid, timeout=1).result()
-
-        kernel = answered({"process_mrelease": [answer]})
-        job = kernel.start(run)
-        kernel.blocked()
-        release = job.result()
-        assert release.outcome is Outcome.SHARED, release
-        assert release.errno == errno.EINVAL
-        assert not release.freed
 
 
 def test_close_returns_though_nobody_is_left_for_the_queue(
