@@ -638,10 +638,11 @@ def kill_tree(
     ended before it could be seen belongs to nobody any more, and is left alone
     (daemons are meant to be; kill_cgroup() finds them).
 
-    The call takes at most grace + timeout, about; the times in each Release
-    count from when it was handed to the reaper.  DENIED: a process of another
-    user (its own children are killed all the same, if permitted), or one for
-    which no file descriptor was left (errno EMFILE).
+    The call takes at most grace + timeout, about, and what it takes to find
+    all that are there; the times in each Release count from when it was handed
+    to the reaper.  DENIED: a process of another user (its own children are
+    killed all the same, if permitted), or one for which no file descriptor was
+    left (errno EMFILE).
 
     Raises, before anything was signalled: what kill() does, for the root;
     ValueError if the caller is in the tree; OSError if /proc cannot be read or
