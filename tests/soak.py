@@ -281,7 +281,7 @@ def lies(
     elif not s.others:
         # After a grace it is what SIGTERM has left of it.
         whole = terms.grace == 0 or s.sigterm == "ignore"
-        least = s.mib * MIB if whole else 0
+        least = victims.nearly(s.mib * MIB) if whole else 0
         if r.footprint is None or r.footprint.anon + r.footprint.swap < least:
             yield "the footprint is less than it holds"
         if terms.grace == 0 and r.signalled is None:

@@ -97,7 +97,9 @@ def test_the_results_are_in_the_order_given(kill_many: KillMany) -> None:
             assert result.outcome in BACK
             assert result.freed
             assert result.footprint is not None
-            assert size <= result.footprint.anon / victims.MIB < size + 1
+            anon = result.footprint.anon
+            assert victims.nearly(size * victims.MIB) <= anon
+            assert anon < (size + 1) * victims.MIB
             assert victim.wait() == -signal.SIGKILL
 
 

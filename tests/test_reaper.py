@@ -808,7 +808,8 @@ def test_a_reaping_of_a_busy_reaper_has_the_right_result(
                 assert release.pid == victim.pid == reaping.pid
                 assert release.footprint is not None
                 anon = release.footprint.anon
-                assert size <= anon / victims.MIB < size + 1
+                assert victims.nearly(size * victims.MIB) <= anon
+                assert anon < (size + 1) * victims.MIB
 
 
 def test_no_exception_of_a_submit_leaves_anything_behind(
