@@ -148,8 +148,6 @@ MACHINES = {
 }
 HERE = os.uname().machine
 
-COMPILING = threading.Lock()
-
 
 def fail(code: int, message: str) -> NoReturn:
     print(f"tests/vm/run.py: {message}", file=sys.stderr)
@@ -515,15 +513,14 @@ def compile_tests(arguments: list[str]) -> None:
     environment = dict(os.environ)
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    with COMPILING:
-        subprocess.run(
-            [*pytest, "--collect-only", "-qq", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,  # without it all is slower
-        )
+    subprocess.run(
+        [*pytest, "--collect-only", "-qq", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,  # without it all is slower
+    )
 
 
 def pack(
@@ -550,8 +547,6 @@ def pack(
         home = options.cache / job.arch
         home.mkdir(parents=True, exist_ok=True)
         python = fill_from_debian(archive, wanted, work, home)
-    if job.arch == HERE and not options.program:
-        compile_tests(options.arguments)
     for name in REPOSITORY:
         if (ROOT / name).exists():
             archive.add(ROOT / name)
@@ -993,6 +988,8 @@ def main() -> int:
         for suite, arch in kernels
         for user in options.user or ["root"]
     ]
+    if not options.program and any(job.arch == HERE for job in jobs):
+        compile_tests(options.arguments)
     try:
         results = run_all(jobs, options)
     except arm64.Missing as error:
