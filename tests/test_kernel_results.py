@@ -256,12 +256,17 @@ def test_esrch_for_a_victim_out_of_reach_with_its_memory_still_held(
     for _ in range(5):
         victim, pinned = out_of_reach(stack, meter)
         assert failed(victim.pidfd) == "ESRCH"
+        held = meter.usage()
         first = kernel.in_thread(pinned.release, timeout=0)
         if not victim.ended():
             break
+        assert first.outcome in (Outcome.EXITING, Outcome.EXITED), first
         victim.close()
     else:
         raise cgroups.Unavailable("5 victims were not starved enough")
+
+    assert held > 16 * MIB
+    assert meter.usage() > 8 * MIB
 
     # Not ended at the deadline: on its way.
     for release in (first, kernel.in_thread(pinned.kill, timeout=0)):
