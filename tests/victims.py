@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
 
 from cgroups import Freezer, Group, Guard, Quota, Unavailable
+from debian import by_number
 from mrelease.closing import Closing
 from mrelease.holds import Disk, find_tool
 
@@ -55,7 +56,8 @@ def nearly(size: int) -> int:
 
     Before Linux 6.2 a thread's pages come to be counted in batches of 64.
     """
-    return size - 64 * PAGE
+    old = by_number(os.uname().release) < by_number("6.2")
+    return size - 64 * PAGE if old else size
 
 
 MIB = 1 << 20
