@@ -91,9 +91,19 @@ def _use_a_disk() -> None:
         os.environ["TMPDIR"] = tempfile.tempdir = "/var/tmp"
 
 
+def _give_hypothesis_a_folder(root: Path) -> None:
+    """It warns of one that it may not write to, and warnings are errors."""
+    if not os.access(root, os.W_OK):
+        os.environ.setdefault(
+            "HYPOTHESIS_STORAGE_DIRECTORY",
+            os.path.join(tempfile.gettempdir(), f"hypothesis-{os.getuid()}"),
+        )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     _hear_signals()
     _use_a_disk()
+    _give_hypothesis_a_folder(config.rootpath)
     # It is not marked itself, and waits for the end of this process.
     arguments = [sys.executable, "-I", leftovers.__file__, _MARK]
     os.posix_spawn(
