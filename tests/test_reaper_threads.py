@@ -404,7 +404,11 @@ def test_on_one_cpu_all_are_killed_before_one_is_released() -> None:
             return [reaping.result() for reaping in reapings]
 
     with ExitStack() as stack:
-        made = [stack.enter_context(victims.asleep(32)) for _ in range(8)]
+        # Idle: on a slow machine others end between two signals.
+        made = [
+            stack.enter_context(victims.asleep(32, idle=True))
+            for _ in range(8)
+        ]
         for victim in made:
             os.sched_setaffinity(victim.pid, {cpu})
         results = kernel_errors.in_child(run, [victim.pid for victim in made])
