@@ -36,7 +36,7 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar, Unpack
 
 from cgroups import Freezer, Group, Guard, Quota, Unavailable
 from debian import by_number
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from namespaces import PidNamespace
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+Holding = TypeVar("Holding", Freezer, Quota)
 
 
 def nearly(size: int) -> int:
@@ -662,6 +663,21 @@ def _is_stuck(victim: Process) -> bool:
     return look() == first
 
 
+def _group_to_hold(
+    kind: type[Holding], version: int | None, options: Options
+) -> Holding:
+    """Add a group of a kind to those that a victim is to be in."""
+    group = kind(version=version)
+    groups: Sequence[Group] = options.get("groups", ())
+    for other in groups:
+        if group.version == other.version == 2:
+            # A process is in one of them all: that of its meter.
+            group.close()
+            return kind(at=other.path)
+    options["groups"] = [*groups, group]
+    return group
+
+
 def frozen(
     mib: int = 64,
     *,
@@ -670,9 +686,8 @@ def frozen(
     **options: Unpack[Options],
 ) -> Process:
     """In a frozen cgroup: with version 1 it stays so when killed."""
-    group = Freezer(version=version)
+    group = _group_to_hold(Freezer, version, options)
     try:
-        options["groups"] = [*options.get("groups", ()), group]
         victim = asleep(mib, threads=threads, **options)
     except BaseException:
         group.close()
@@ -698,9 +713,8 @@ def on_quota(
     **options: Unpack[Options],
 ) -> Process:
     """Asleep, with this share of one CPU from now on."""
-    group = Quota()
+    group = _group_to_hold(Quota, None, options)
     try:
-        options["groups"] = [*options.get("groups", ()), group]
         victim = asleep(mib, threads=threads, **options)
     except BaseException:
         group.close()
