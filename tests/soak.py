@@ -281,7 +281,7 @@ def lies(
     elif not s.others:
         # After a grace it is what SIGTERM has left of it.
         whole = terms.grace == 0 or s.sigterm == "ignore"
-        least = victims.nearly(s.mib * MIB) if whole else 0
+        least = s.mib * MIB if whole else 0
         if r.footprint is None or r.footprint.anon + r.footprint.swap < least:
             yield "the footprint is less than it holds"
         if terms.grace == 0 and r.signalled is None:
@@ -331,8 +331,7 @@ class Bystander:
             os.sched_getscheduler(self.pid),
             os.getpriority(os.PRIO_PROCESS, self.pid),
             tuple(sorted(os.sched_getaffinity(self.pid))),
-            self.process.rss_anon() + self.process.vm_swap()
-            >= victims.nearly(MIB),
+            self.process.rss_anon() + self.process.vm_swap() >= MIB,
         )
 
     def harm(self) -> str | None:

@@ -133,7 +133,7 @@ def check_honest(victim: victims.Process, release: mrelease.Release) -> None:
         assert release.released is not None
     if release.outcome is Outcome.ALIVE:
         assert victim.state() == "S"
-        assert victim.rss_anon() >= victims.nearly(victim.facts.get("anon", 0))
+        assert victim.rss_anon() >= victim.facts.get("anon", 0)
 
 
 def check_untouched(victim: victims.Process) -> None:
@@ -463,7 +463,7 @@ def test_the_memory_of_a_thread_is_that_of_its_dead_leader(
         release = kill(victim.pid, timeout=LONG)
         check_honest(victim, release)
         assert release.footprint is not None
-        assert release.footprint.anon >= victims.nearly(4 * MIB)
+        assert release.footprint.anon >= 4 * MIB
         assert release.freed
 
 
@@ -625,7 +625,7 @@ def test_a_release_that_did_nothing_is_partial(
         release = killed_by(kernel, kill, victim, timeout=0.1)
         assert release.outcome is Outcome.PARTIAL
         assert not release.freed
-        assert victim.rss_anon() >= victims.nearly(8 * MIB)
+        assert victim.rss_anon() >= 8 * MIB
 
 
 @pytest.mark.needs("held")

@@ -158,7 +158,7 @@ def in_sandbox(function: Callable[[Here], None]) -> None:
         assert not sent, sent
         for each in others:
             assert not each.ended()
-            assert each.rss_anon() >= victims.nearly(victims.MIB)
+            assert each.rss_anon() >= victims.MIB
 
 
 # ------------------------------------------------------- what may be raised
@@ -928,7 +928,7 @@ class Sequences(stateful.RuleBasedStateMachine):
         assert not had_ended or found.rss == 0
         if not of.asked and of.subject.kind != "zombie":
             size = of.subject.mib * victims.MIB
-            assert found.anon >= victims.nearly(size)
+            assert found.anon >= size
             released = victim.release(timeout=0.01)
             assert released.outcome is Outcome.ALIVE
             assert not released.freed

@@ -155,7 +155,7 @@ def test_memory_in_many_mappings_of_a_held_victim_is_gone(
     with victims.held(64, vmas=5000, groups=[meter]) as victim:
         # The kernel did not merge them.
         assert len(mappings(victim)) > 5000
-        assert victim.rss_anon() >= victims.nearly(64 * MIB)
+        assert victim.rss_anon() >= 64 * MIB
         release = kill(victim.pid)
         assert release.outcome is Outcome.RELEASED
         assert release.freed
@@ -204,8 +204,8 @@ def test_private_file_mappings_of_a_held_victim_are_gone(
         assert resident(victim, str(other)) == 0
         # Written copies count as anonymous, read pages as file.
         assert release.footprint is not None
-        assert release.footprint.anon >= victims.nearly((8 + 6) * MIB)
-        assert release.footprint.file >= victims.nearly(4 * MIB)
+        assert release.footprint.anon >= (8 + 6) * MIB
+        assert release.footprint.file >= 4 * MIB
         assert victim.rss_anon() == 0
         # Only the mapping is gone: the file is what it was.
         assert data.read_bytes() == b"x" * 4 * MIB
@@ -304,7 +304,7 @@ def test_it_is_the_same_for_a_victim_in(
     with make() as victim:
         before = footprint_of(victim)
         states = victim.states()
-        assert before.anon >= victims.nearly(32 * MIB)
+        assert before.anon >= 32 * MIB
         release = kill(victim.pid, timeout=0.2)
         assert release.outcome is Outcome.RELEASED, release
         assert release.freed
@@ -471,7 +471,7 @@ def test_without_the_release_nothing_goes() -> None:
     """What makes the tests above mean something."""
     with victims.held(16, killed=True, shared_anon=2) as victim:
         before = footprint_of(victim)
-        assert before.anon >= victims.nearly(16 * MIB)
+        assert before.anon >= 16 * MIB
         with Victim(victim.pid) as pinned:
             assert pinned.footprint() == before
         assert victim.rss_anon() == before.anon
@@ -495,10 +495,10 @@ def test_footprint_of_a_reaped_process_is_process_lookup_error() -> None:
 
 def test_footprint_of_a_dead_leader_is_that_of_its_threads(kill: Kill) -> None:
     with victims.zombie_leader(16) as victim, Victim(victim.pid) as pinned:
-        assert pinned.footprint().anon >= victims.nearly(16 * MIB)
+        assert pinned.footprint().anon >= 16 * MIB
         release = kill(pinned, timeout=30)
         assert release.footprint is not None
-        assert release.footprint.anon >= victims.nearly(16 * MIB)
+        assert release.footprint.anon >= 16 * MIB
 
 
 # ----------------------------------------------- Footprint arithmetic

@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar, Unpack
 
 from cgroups import Freezer, Group, Guard, Quota, Unavailable
-from debian import by_number
 from mrelease.closing import Closing
 from mrelease.holds import Disk, find_tool
 
@@ -50,17 +49,6 @@ if TYPE_CHECKING:
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 Holding = TypeVar("Holding", Freezer, Quota)
-
-
-def nearly(size: int) -> int:
-    """So much at least is counted of what one thread has touched.
-
-    Before Linux 6.2 a thread's pages come to be counted in batches of 64.
-    """
-    old = by_number(os.uname().release) < by_number("6.2")
-    return size - 64 * PAGE if old else size
-
-
 MIB = 1 << 20
 TIMEOUT = 60.0
 """For what takes no time on an idle machine."""
