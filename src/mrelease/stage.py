@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mrelease.closing import Closing
 from mrelease.footprint import in_units
-from mrelease.holds import Disk, Freezer, Quota, Unavailable
+from mrelease.holds import Disk, Freezer, Quota, Unavailable, mounted
 from mrelease.meter import CgroupMeter, Meter, Watch, open_meter
 from mrelease.signals import not_now
 from mrelease.support import Support, support
@@ -431,13 +431,18 @@ class Stage(Closing):
             return freeze_disk
         return lambda: None
 
-    def _own_v2(self, file: str, what: str) -> Path | None:
+    def _own_v2(self, file: str, controller: str) -> Path | None:
         """Give the meter's group if it must hold, too: version 2 has one."""
         if not isinstance(self.meter, CgroupMeter) or self.meter.version == 1:
             return None
+        root = mounted(controller)
+        if root is not None and os.access(root, os.W_OK):
+            return None  # in version 1, beside the meter's
         path = Path(self.meter.path)
         if not (path / file).exists():
-            raise Unavailable(f"the memory cgroup has no {what} controller")
+            raise Unavailable(
+                f"the memory cgroup has no {controller} controller"
+            )
         return path
 
     def _new_disk(self) -> Disk:
