@@ -222,11 +222,8 @@ pidfd_new(PyObject *module, int fd)
     return self;
 }
 
-PyDoc_STRVAR(pidfd_fileno_doc,
-"fileno($self, /)\n"
-"--\n"
-"\n"
-"The file descriptor.  Raises ValueError after close().");
+/* The file descriptor.  Raises ValueError after close(). */
+PyDoc_STRVAR(pidfd_fileno_doc, "fileno($self, /)\n--\n\n");
 
 static PyObject *
 pidfd_fileno(PyObject *self, PyObject *Py_UNUSED(args))
@@ -239,11 +236,8 @@ pidfd_fileno(PyObject *self, PyObject *Py_UNUSED(args))
     return PyLong_FromLong(fd);
 }
 
-PyDoc_STRVAR(pidfd_close_doc,
-"close($self, /)\n"
-"--\n"
-"\n"
-"Close it now.  For who knows that nobody else uses it.");
+/* Close it now.  For who knows that nobody else uses it. */
+PyDoc_STRVAR(pidfd_close_doc, "close($self, /)\n--\n\n");
 
 static PyObject *
 pidfd_close(PyObject *self, PyObject *Py_UNUSED(args))
@@ -287,14 +281,12 @@ static PyType_Spec pidfd_spec = {
     .slots = pidfd_slots,
 };
 
-PyDoc_STRVAR(pidfd_open_doc,
-"pidfd_open($module, pid, /)\n"
-"--\n"
-"\n"
-"A new Pidfd for the process: pidfd_open(2), Linux 5.3.\n"
-"\n"
-"Not os.pidfd_open(), which a Python that was built on an old system lacks.\n"
-"Raises OSError by errno.");
+/* A new Pidfd for the process: pidfd_open(2), Linux 5.3.
+ *
+ * Not os.pidfd_open(), which a Python that was built on an old system lacks.
+ * Raises OSError by errno.
+ */
+PyDoc_STRVAR(pidfd_open_doc, "pidfd_open($module, pid, /)\n--\n\n");
 
 static PyObject *
 pidfd_open(PyObject *module, PyObject *arg)
@@ -307,13 +299,11 @@ pidfd_open(PyObject *module, PyObject *arg)
     return fd < 0 ? raise_errno(errno) : pidfd_new(module, fd);
 }
 
-PyDoc_STRVAR(pidfd_dup_doc,
-"pidfd_dup($module, pidfd, /)\n"
-"--\n"
-"\n"
-"A new Pidfd for the process of an open one, given by number or object.\n"
-"\n"
-"Raises OSError by errno; what kind of file it is is not looked at.");
+/* A new Pidfd for the process of an open one, given by number or object.
+ *
+ * Raises OSError by errno; what kind of file it is is not looked at.
+ */
+PyDoc_STRVAR(pidfd_dup_doc, "pidfd_dup($module, pidfd, /)\n--\n\n");
 
 static PyObject *
 pidfd_dup(PyObject *module, PyObject *arg)
@@ -326,12 +316,10 @@ pidfd_dup(PyObject *module, PyObject *arg)
     return fd < 0 ? raise_errno(errno) : pidfd_new(module, fd);
 }
 
-PyDoc_STRVAR(pidfd_state_doc,
-"pidfd_state($module, pidfd, /)\n"
-"--\n"
-"\n"
-"'running', 'ended' (the whole thread group has) or 'reaped' (and it was\n"
-"waited for: its pid is free).  Raises OSError by errno.");
+/* 'running', 'ended' (the whole thread group has) or 'reaped' (and it was
+ * waited for: its pid is free).  Raises OSError by errno.
+ */
+PyDoc_STRVAR(pidfd_state_doc, "pidfd_state($module, pidfd, /)\n--\n\n");
 
 static PyObject *
 pidfd_state(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -356,17 +344,16 @@ pidfd_state(PyObject *Py_UNUSED(module), PyObject *arg)
     return PyUnicode_FromString(fd.revents & POLLIN ? "ended" : "running");
 }
 
+/* Send a signal to the process of a pidfd: pidfd_send_signal(2), Linux 5.1.
+ *
+ * With group, to the process group that it leads or led: Linux 6.9, EINVAL
+ * before that.
+ *
+ * Not signal.pidfd_send_signal(), which a Python that was built on an old
+ * system lacks.  Raises OSError by errno.
+ */
 PyDoc_STRVAR(pidfd_signal_doc,
-"pidfd_signal($module, pidfd, signum, group=False, /)\n"
-"--\n"
-"\n"
-"Send a signal to the process of a pidfd: pidfd_send_signal(2), Linux 5.1.\n"
-"\n"
-"With group, to the process group that it leads or led: Linux 6.9, EINVAL\n"
-"before that.\n"
-"\n"
-"Not signal.pidfd_send_signal(), which a Python that was built on an old\n"
-"system lacks.  Raises OSError by errno.");
+             "pidfd_signal($module, pidfd, signum, group=False, /)\n--\n\n");
 
 static PyObject *
 pidfd_signal(PyObject *Py_UNUSED(module), PyObject *const *args,
@@ -397,13 +384,11 @@ pidfd_signal(PyObject *Py_UNUSED(module), PyObject *const *args,
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(file_system_doc,
-"file_system($module, fd, /)\n"
-"--\n"
-"\n"
-"What kind of file system a file is on: f_type of statfs(2).\n"
-"\n"
-"os.fstatvfs() does not tell.  Raises OSError by errno.");
+/* What kind of file system a file is on: f_type of statfs(2).
+ *
+ * os.fstatvfs() does not tell.  Raises OSError by errno.
+ */
+PyDoc_STRVAR(file_system_doc, "file_system($module, fd, /)\n--\n\n");
 
 static PyObject *
 file_system(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -420,15 +405,14 @@ file_system(PyObject *Py_UNUSED(module), PyObject *arg)
     return PyLong_FromUnsignedLong((uint32_t)found.f_type);
 }
 
+/* Open what lies in a directory itself: (openat2(2), Linux 5.6)
+ *
+ * no link (ELOOP), nothing that is mounted there (EXDEV), no path (EINVAL).
+ * Without openat2() what is mounted there is not seen.  Raises OSError by
+ * errno.
+ */
 PyDoc_STRVAR(open_inside_doc,
-"open_inside($module, at, name, flags, /)\n"
-"--\n"
-"\n"
-"Open what lies in a directory itself: (openat2(2), Linux 5.6)\n"
-"\n"
-"no link (ELOOP), nothing that is mounted there (EXDEV), no path (EINVAL).\n"
-"Without openat2() what is mounted there is not seen.  Raises OSError by\n"
-"errno.");
+             "open_inside($module, at, name, flags, /)\n--\n\n");
 
 static PyObject *
 open_inside(PyObject *Py_UNUSED(module), PyObject *args)
@@ -479,11 +463,8 @@ footprint_tuple(const struct procfs_status *status)
                          (long long)status->swap, (long long)status->hugetlb);
 }
 
-PyDoc_STRVAR(proc_is_ours_doc,
-"proc_is_ours($module, /)\n"
-"--\n"
-"\n"
-"Whether /proc is mounted and is the one of the caller's pid namespace.");
+/* Whether /proc is mounted and is the one of the caller's pid namespace. */
+PyDoc_STRVAR(proc_is_ours_doc, "proc_is_ours($module, /)\n--\n\n");
 
 static PyObject *
 proc_is_ours(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
@@ -491,13 +472,11 @@ proc_is_ours(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
     return PyBool_FromLong(procfs_is_ours());
 }
 
-PyDoc_STRVAR(read_footprint_doc,
-"read_footprint($module, pid, /)\n"
-"--\n"
-"\n"
-"(tgid, (anon, file, shmem, swap, hugetlb)) of /proc/PID/status, in bytes.\n"
-"\n"
-"Raises OSError by errno.");
+/* (tgid, (anon, file, shmem, swap, hugetlb)) of /proc/PID/status, in bytes.
+ *
+ * Raises OSError by errno.
+ */
+PyDoc_STRVAR(read_footprint_doc, "read_footprint($module, pid, /)\n--\n\n");
 
 static PyObject *
 read_footprint(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -517,13 +496,11 @@ read_footprint(PyObject *Py_UNUSED(module), PyObject *arg)
     return Py_BuildValue("(iN)", (int)status.tgid, footprint_tuple(&status));
 }
 
-PyDoc_STRVAR(read_stat_doc,
-"read_stat($module, pid, /)\n"
-"--\n"
-"\n"
-"(started, kernel_thread) of /proc/PID/stat: clock ticks since boot, a bool.\n"
-"\n"
-"Raises OSError by errno.");
+/* (started, kernel_thread) of /proc/PID/stat: clock ticks since boot, a bool.
+ *
+ * Raises OSError by errno.
+ */
+PyDoc_STRVAR(read_stat_doc, "read_stat($module, pid, /)\n--\n\n");
 
 static PyObject *
 read_stat(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -550,14 +527,12 @@ static const char *const lock_names[] = {
     [LOCKS_UNKNOWN] = "unknown",
 };
 
-PyDoc_STRVAR(look_at_locks_doc,
-"look_at_locks($module, pid, /)\n"
-"--\n"
-"\n"
-"Does any thread of the process hold a robust lock?\n"
-"\n"
-"'free', 'held', or 'unknown' (not permitted to look).  Drops the GIL: it\n"
-"may wait for the victim's mmap_lock.");
+/* Does any thread of the process hold a robust lock?
+ *
+ * 'free', 'held', or 'unknown' (not permitted to look).  Drops the GIL: it
+ * may wait for the victim's mmap_lock.
+ */
+PyDoc_STRVAR(look_at_locks_doc, "look_at_locks($module, pid, /)\n--\n\n");
 
 static PyObject *
 look_at_locks(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -618,24 +593,24 @@ reap_tuple(const struct reap *reap)
     return result;
 }
 
+/* The kill protocol for one pidfd, in the calling thread, without the GIL.
+ *
+ * begun is a time, grace and timeout are durations, all in nanoseconds of
+ * time.monotonic_ns(); escalate is a file descriptor or -1; locks: look at
+ * them, and withhold the release if any are held; send: kill (else only
+ * release).
+ *
+ * Returns an errno if nothing was sent (-1: it is a kernel thread), else
+ * (outcome, freed, footprint, terminated, signalled, released, exited, errno,
+ * attempts, locks, raised), times in seconds since begun or None.
+ *
+ * Raises the audit event mrelease.kill with argument pid before a signal, and
+ * what a signal handler of the caller's raises during a wait; the process has
+ * been sent SIGKILL all the same, if it was to be killed.
+ */
 PyDoc_STRVAR(reap_doc,
 "reap($module, pidfd, pid, begun, grace, timeout, escalate, locks, send, /)\n"
-"--\n"
-"\n"
-"The kill protocol for one pidfd, in the calling thread, without the GIL.\n"
-"\n"
-"begun is a time, grace and timeout are durations, all in nanoseconds of\n"
-"time.monotonic_ns(); escalate is a file descriptor or -1; locks: look at\n"
-"them, and withhold the release if any are held; send: kill (else only\n"
-"release).\n"
-"\n"
-"Returns an errno if nothing was sent (-1: it is a kernel thread), else\n"
-"(outcome, freed, footprint, terminated, signalled, released, exited, errno,\n"
-"attempts, locks, raised), times in seconds since begun or None.\n"
-"\n"
-"Raises the audit event mrelease.kill with argument pid before a signal, and\n"
-"what a signal handler of the caller's raises during a wait; the process has\n"
-"been sent SIGKILL all the same, if it was to be killed.");
+"--\n\n");
 
 static PyObject *
 reap(PyObject *module, PyObject *args)
@@ -692,11 +667,8 @@ reap(PyObject *module, PyObject *args)
 
 /* A job of a pool: the kill of one victim. */
 
-PyDoc_STRVAR(job_fileno_doc,
-"fileno($self, /)\n"
-"--\n"
-"\n"
-"An eventfd that can be read once the job is done.  It is the job's.");
+/* An eventfd that can be read once the job is done.  It is the job's. */
+PyDoc_STRVAR(job_fileno_doc, "fileno($self, /)\n--\n\n");
 
 static PyObject *
 job_fileno(PyObject *self, PyObject *Py_UNUSED(args))
@@ -704,11 +676,8 @@ job_fileno(PyObject *self, PyObject *Py_UNUSED(args))
     return PyLong_FromLong(job_fd(handle_of(self)->job));
 }
 
-PyDoc_STRVAR(job_done_doc,
-"done($self, /)\n"
-"--\n"
-"\n"
-"Whether there is a result, or a refusal.");
+/* Whether there is a result, or a refusal. */
+PyDoc_STRVAR(job_done_doc, "done($self, /)\n--\n\n");
 
 static PyObject *
 job_done(PyObject *self, PyObject *Py_UNUSED(args))
@@ -716,12 +685,10 @@ job_done(PyObject *self, PyObject *Py_UNUSED(args))
     return PyBool_FromLong(job_is_done(handle_of(self)->job));
 }
 
-PyDoc_STRVAR(job_wait_doc,
-"wait($self, timeout, /)\n"
-"--\n"
-"\n"
-"Wait for the result, for so many nanoseconds (-1: for ever), without the\n"
-"GIL.  Whether it is there.  Raises what a signal handler raises.");
+/* Wait for the result, for so many nanoseconds (-1: for ever), without the
+ * GIL.  Whether it is there.  Raises what a signal handler raises.
+ */
+PyDoc_STRVAR(job_wait_doc, "wait($self, timeout, /)\n--\n\n");
 
 static PyObject *
 job_wait(PyObject *self, PyObject *arg)
@@ -755,11 +722,8 @@ job_wait(PyObject *self, PyObject *arg)
     Py_RETURN_TRUE;
 }
 
-PyDoc_STRVAR(job_result_doc,
-"result($self, /)\n"
-"--\n"
-"\n"
-"What reap() returns.  Raises ValueError if the job is not done.");
+/* What reap() returns.  Raises ValueError if the job is not done. */
+PyDoc_STRVAR(job_result_doc, "result($self, /)\n--\n\n");
 
 static PyObject *
 job_result_method(PyObject *self, PyObject *Py_UNUSED(args))
@@ -774,12 +738,10 @@ job_result_method(PyObject *self, PyObject *Py_UNUSED(args))
                         : reap_tuple(job_result(job));
 }
 
-PyDoc_STRVAR(job_entered_doc,
-"entered($self, /)\n"
-"--\n"
-"\n"
-"When the call of process_mrelease(2) began that freed the memory or came\n"
-"too late: seconds since the call for the job, or None.  Once it is done.");
+/* When the call of process_mrelease(2) began that freed the memory or came
+ * too late: seconds since the call for the job, or None.  Once it is done.
+ */
+PyDoc_STRVAR(job_entered_doc, "entered($self, /)\n--\n\n");
 
 static PyObject *
 job_entered_method(PyObject *self, PyObject *Py_UNUSED(args))
@@ -835,11 +797,8 @@ static const char *const pool_states[] = {
 /* So often, at least, does a wait look at the caller's signals. */
 #define LOOK_AT_SIGNALS INT64_C(50000000)
 
-PyDoc_STRVAR(pool_state_doc,
-"state($self, /)\n"
-"--\n"
-"\n"
-"'open', 'closed', or 'forked': its threads are those of another process.");
+/* 'open', 'closed', or 'forked': its threads are those of another process. */
+PyDoc_STRVAR(pool_state_doc, "state($self, /)\n--\n\n");
 
 static PyObject *
 pool_state_method(PyObject *self, PyObject *Py_UNUSED(args))
@@ -848,14 +807,14 @@ pool_state_method(PyObject *self, PyObject *Py_UNUSED(args))
         pool_states[pool_state(handle_of(self)->pool)]);
 }
 
+/* A Job for submit(); the arguments are those of reap().
+ *
+ * Nothing happens to the process yet.  Raises OSError for want of memory or
+ * of file descriptors; it takes two, three with escalate.
+ */
 PyDoc_STRVAR(job_new_doc,
 "job_new($module, pidfd, pid, begun, grace, timeout, escalate, locks, /)\n"
-"--\n"
-"\n"
-"A Job for submit(); the arguments are those of reap().\n"
-"\n"
-"Nothing happens to the process yet.  Raises OSError for want of memory or\n"
-"of file descriptors; it takes two, three with escalate.");
+"--\n\n");
 
 static PyObject *
 job_new(PyObject *module, PyObject *args)
@@ -888,15 +847,13 @@ job_new(PyObject *module, PyObject *args)
     return self;
 }
 
-PyDoc_STRVAR(pool_submit_doc,
-"submit($module, pool, jobs, /)\n"
-"--\n"
-"\n"
-"Kill the victims of a list of Jobs, each of which is new: the biggest first.\n"
-"\n"
-"When it returns SIGTERM or SIGKILL has been sent to all.  'open', or why the\n"
-"pool took none: see Pool.state().  Raises the audit event mrelease.kill with\n"
-"argument pid for each, before the first signal.");
+/* Kill the victims of a list of Jobs, each of which is new: the biggest first.
+ *
+ * When it returns SIGTERM or SIGKILL has been sent to all.  'open', or why the
+ * pool took none: see Pool.state().  Raises the audit event mrelease.kill with
+ * argument pid for each, before the first signal.
+ */
+PyDoc_STRVAR(pool_submit_doc, "submit($module, pool, jobs, /)\n--\n\n");
 
 static PyObject *
 pool_submit_function(PyObject *module, PyObject *args)
@@ -945,11 +902,8 @@ pool_submit_function(PyObject *module, PyObject *args)
     return PyUnicode_FromString(pool_states[rc]);
 }
 
-PyDoc_STRVAR(pool_hurry_doc,
-"hurry($self, /)\n"
-"--\n"
-"\n"
-"Cut all graces short: SIGKILL now.  It has been sent on return.");
+/* Cut all graces short: SIGKILL now.  It has been sent on return. */
+PyDoc_STRVAR(pool_hurry_doc, "hurry($self, /)\n--\n\n");
 
 static PyObject *
 pool_hurry_method(PyObject *self, PyObject *Py_UNUSED(args))
@@ -963,13 +917,11 @@ pool_hurry_method(PyObject *self, PyObject *Py_UNUSED(args))
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(pool_close_doc,
-"close($self, timeout, /)\n"
-"--\n"
-"\n"
-"Take no more jobs, and wait for those under way and for the threads, for so\n"
-"many nanoseconds (-1: for ever); then graces are cut short.  Whether all was\n"
-"done in time.  Raises what a signal handler raises.");
+/* Take no more jobs, and wait for those under way and for the threads, for so
+ * many nanoseconds (-1: for ever); then graces are cut short.  Whether all was
+ * done in time.  Raises what a signal handler raises.
+ */
+PyDoc_STRVAR(pool_close_doc, "close($self, timeout, /)\n--\n\n");
 
 static PyObject *
 pool_close_method(PyObject *self, PyObject *arg)
@@ -1071,17 +1023,17 @@ scheduling_tuple(const struct pool_scheduling *got)
                          got->refused, cpus);
 }
 
+/* Start a Pool: (pool, (policy, priority, nice, refused, cpus)).
+ *
+ * best and least are rungs of scheduling.h: 0 SCHED_FIFO 1, 1 nice -20, 2 the
+ * best nice allowed, 3 none; cpus is a list, or None for the caller's.
+ * refused is the errno for which it is not the best, or 0.  Raises OSError:
+ * EPERM if not even the least may be had, EINVAL if no CPU is usable, EAGAIN
+ * if there can be no more threads.
+ */
 PyDoc_STRVAR(pool_new_doc,
 "pool_new($module, threads, spares, best, least, cpus, /)\n"
-"--\n"
-"\n"
-"Start a Pool: (pool, (policy, priority, nice, refused, cpus)).\n"
-"\n"
-"best and least are rungs of scheduling.h: 0 SCHED_FIFO 1, 1 nice -20, 2 the\n"
-"best nice allowed, 3 none; cpus is a list, or None for the caller's.\n"
-"refused is the errno for which it is not the best, or 0.  Raises OSError:\n"
-"EPERM if not even the least may be had, EINVAL if no CPU is usable, EAGAIN\n"
-"if there can be no more threads.");
+"--\n\n");
 
 static PyObject *
 pool_new_function(PyObject *module, PyObject *args)
@@ -1123,14 +1075,12 @@ pool_new_function(PyObject *module, PyObject *args)
     return Py_BuildValue("(NN)", self, scheduling_tuple(&got));
 }
 
-PyDoc_STRVAR(probe_doc,
-"probe($module, in_child, /)\n"
-"--\n"
-"\n"
-"Make each system call that a kill needs, harmlessly: {name: result}.\n"
-"\n"
-"0: it works; an errno; -1: the caller of this one is killed (seen only from\n"
-"a child); -2: no child could be made.");
+/* Make each system call that a kill needs, harmlessly: {name: result}.
+ *
+ * 0: it works; an errno; -1: the caller of this one is killed (seen only from
+ * a child); -2: no child could be made.
+ */
+PyDoc_STRVAR(probe_doc, "probe($module, in_child, /)\n--\n\n");
 
 static PyObject *
 probe(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -1167,13 +1117,11 @@ none_or_errno(int err)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(lock_memory_doc,
-"lock_memory($module, future, /)\n"
-"--\n"
-"\n"
-"mlockall(MCL_CURRENT | MCL_ONFAULT), with future also MCL_FUTURE.\n"
-"\n"
-"Raises OSError by errno.");
+/* mlockall(MCL_CURRENT | MCL_ONFAULT), with future also MCL_FUTURE.
+ *
+ * Raises OSError by errno.
+ */
+PyDoc_STRVAR(lock_memory_doc, "lock_memory($module, future, /)\n--\n\n");
 
 static PyObject *
 lock_memory(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -1189,11 +1137,8 @@ lock_memory(PyObject *Py_UNUSED(module), PyObject *arg)
     return none_or_errno(err);
 }
 
-PyDoc_STRVAR(unlock_memory_doc,
-"unlock_memory($module, /)\n"
-"--\n"
-"\n"
-"munlockall(2).  Raises OSError by errno.");
+/* munlockall(2).  Raises OSError by errno. */
+PyDoc_STRVAR(unlock_memory_doc, "unlock_memory($module, /)\n--\n\n");
 
 static PyObject *
 unlock_memory(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
@@ -1205,11 +1150,8 @@ unlock_memory(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
     return none_or_errno(err);
 }
 
-PyDoc_STRVAR(locks_future_doc,
-"locks_future($module, /)\n"
-"--\n"
-"\n"
-"Whether what gets mapped from now on is locked (MCL_FUTURE is in force).");
+/* Whether what gets mapped from now on is locked (MCL_FUTURE is in force). */
+PyDoc_STRVAR(locks_future_doc, "locks_future($module, /)\n--\n\n");
 
 static PyObject *
 locks_future(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
@@ -1217,11 +1159,8 @@ locks_future(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
     return PyBool_FromLong(harden_locks_future());
 }
 
-PyDoc_STRVAR(may_lock_all_doc,
-"may_lock_all($module, /)\n"
-"--\n"
-"\n"
-"Whether this process may lock more than RLIMIT_MEMLOCK, or has no limit.");
+/* Whether this process may lock more than RLIMIT_MEMLOCK, or has no limit. */
+PyDoc_STRVAR(may_lock_all_doc, "may_lock_all($module, /)\n--\n\n");
 
 static PyObject *
 may_lock_all(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
@@ -1229,14 +1168,12 @@ may_lock_all(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
     return PyBool_FromLong(harden_may_lock_all());
 }
 
-PyDoc_STRVAR(get_scheduling_doc,
-"get_scheduling($module, /)\n"
-"--\n"
-"\n"
-"(policy, priority, nice, reset_on_fork) of the calling thread.\n"
-"\n"
-"Not by the os module, which has no such functions with musl.  Raises\n"
-"OSError by errno.");
+/* (policy, priority, nice, reset_on_fork) of the calling thread.
+ *
+ * Not by the os module, which has no such functions with musl.  Raises
+ * OSError by errno.
+ */
+PyDoc_STRVAR(get_scheduling_doc, "get_scheduling($module, /)\n--\n\n");
 
 static PyObject *
 get_scheduling(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
@@ -1250,11 +1187,10 @@ get_scheduling(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
                                                               : Py_False);
 }
 
+/* Set what get_scheduling() gives.  Raises OSError by errno. */
 PyDoc_STRVAR(set_scheduling_doc,
 "set_scheduling($module, policy, priority, nice, reset_on_fork, /)\n"
-"--\n"
-"\n"
-"Set what get_scheduling() gives.  Raises OSError by errno.");
+"--\n\n");
 
 static PyObject *
 set_scheduling(PyObject *Py_UNUSED(module), PyObject *args)
@@ -1270,13 +1206,12 @@ set_scheduling(PyObject *Py_UNUSED(module), PyObject *args)
     return none_or_errno(sys_sched_setattr(0, &attr) < 0 ? errno : 0);
 }
 
+/* Give the calling thread the best that is allowed; it is not inherited.
+ *
+ * Raises OSError by errno: EPERM if nothing better is allowed.
+ */
 PyDoc_STRVAR(raise_scheduling_doc,
-"raise_scheduling($module, realtime, /)\n"
-"--\n"
-"\n"
-"Give the calling thread the best that is allowed; it is not inherited.\n"
-"\n"
-"Raises OSError by errno: EPERM if nothing better is allowed.");
+             "raise_scheduling($module, realtime, /)\n--\n\n");
 
 static PyObject *
 raise_scheduling(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -1285,14 +1220,12 @@ raise_scheduling(PyObject *Py_UNUSED(module), PyObject *arg)
     return realtime < 0 ? NULL : none_or_errno(harden_schedule(realtime != 0));
 }
 
-PyDoc_STRVAR(start_child_doc,
-"start_child($module, /)\n"
-"--\n"
-"\n"
-"Fork a child to be killed, which the program does not notice: its pid.\n"
-"\n"
-"For end_child(), in the same thread: it ends with it.  Raises OSError by\n"
-"errno.");
+/* Fork a child to be killed, which the program does not notice: its pid.
+ *
+ * For end_child(), in the same thread: it ends with it.  Raises OSError by
+ * errno.
+ */
+PyDoc_STRVAR(start_child_doc, "start_child($module, /)\n--\n\n");
 
 static PyObject *
 start_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
@@ -1301,11 +1234,8 @@ start_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
     return pid < 0 ? raise_errno(errno) : PyLong_FromLong(pid);
 }
 
-PyDoc_STRVAR(end_child_doc,
-"end_child($module, pid, /)\n"
-"--\n"
-"\n"
-"Kill a child of start_child() if it still runs, and wait for it.");
+/* Kill a child of start_child() if it still runs, and wait for it. */
+PyDoc_STRVAR(end_child_doc, "end_child($module, pid, /)\n--\n\n");
 
 static PyObject *
 end_child(PyObject *Py_UNUSED(module), PyObject *arg)

@@ -166,17 +166,16 @@ def test_there_are_native_functions() -> None:
 
 
 @pytest.mark.parametrize("name", native_functions())
-def test_a_native_function_has_a_signature_and_a_description(
-    name: str,
-) -> None:
+def test_a_native_function_has_a_signature(name: str) -> None:
+    """And the public one a description; others have it in the source."""
     function = getattr(_mrelease, name)
     assert function.__text_signature__ is not None
     assert function.__text_signature__.startswith("($module")
     signature = inspect.signature(function)
     for parameter in signature.parameters.values():
         assert parameter.kind is parameter.POSITIONAL_ONLY, parameter
-    assert function.__doc__
-    assert not function.__doc__.startswith(name)
+    if hasattr(mrelease, name):
+        assert function.__doc__.startswith("Release the memory")
 
 
 def test_the_native_signatures_are_those_of_the_stub() -> None:
