@@ -182,7 +182,8 @@ struct worker {
 struct pool {
     pthread_mutex_t lock;
     pthread_cond_t changed;     /* a thread is ready or ended, a job done */
-    pid_t owner;
+    pid_t owner;                /* and the forks that led to it */
+    unsigned int forks;
     atomic_int refs;            /* its handle, and each thread */
     int epoll;
     int wake_fd;
@@ -216,6 +217,29 @@ struct pool {
     int count;
     struct worker workers[];
 };
+
+/* The forks that led to this process.  Its pid may be its parent's, too: both
+ * may be the first in their pid namespaces.
+ */
+static atomic_uint forks;
+
+static void
+count_fork(void)
+{
+    atomic_fetch_add(&forks, 1);
+}
+
+static void
+count_forks(void)
+{
+    pthread_atfork(NULL, NULL, count_fork);
+}
+
+static bool
+is_forked(const struct pool *pool)
+{
+    return getpid() != pool->owner || atomic_load(&forks) != pool->forks;
+}
 
 static void
 lock(struct pool *pool)
@@ -1168,7 +1192,7 @@ int
 pool_state(const struct pool *pool)
 {
     /* After fork() the lock may be held by a thread that is no more. */
-    if (getpid() != pool->owner) {
+    if (is_forked(pool)) {
         return POOL_FORKED;
     }
     return atomic_load(&pool->closed) ? POOL_CLOSED : POOL_OPEN;
@@ -1733,7 +1757,10 @@ pool_new(const struct pool_options *options, struct pool **made,
         return ENOMEM;
     }
     pool->asked = *options;
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, count_forks);
     pool->owner = getpid();
+    pool->forks = atomic_load(&forks);
     pool->epoll = -1;
     pool->wake_fd = -1;
     pool->next_wake = INT64_MAX;
@@ -1870,7 +1897,7 @@ pool_close(struct pool *pool, int64_t deadline, bool cut)
 void
 pool_release(struct pool *pool)
 {
-    if (getpid() != pool->owner) {
+    if (is_forked(pool)) {
         return; /* the threads are the parent's */
     }
     lock(pool);

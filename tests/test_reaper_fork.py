@@ -378,3 +378,41 @@ def test_a_reaping_s_repr_survives_the_fork(reaper: Reaper) -> None:
         reaping.result()
         text = kernel_errors.in_child(lambda: repr(reaping))
         assert text == f"<Reaping pid={victim.pid} done>"
+
+
+NESTED = """
+import ctypes, os, subprocess, sys
+import mrelease
+assert os.getpid() == 1
+reaper = mrelease.Reaper(threads=1)
+last = subprocess.Popen(["sleep", "60"])  # before its children have another
+assert ctypes.CDLL(None).unshare(0x20000000) == 0  # CLONE_NEWPID
+child = os.fork()
+if child == 0:
+    assert os.getpid() == 1
+    popen = subprocess.Popen(["sleep", "60"])
+    try:
+        reaper.kill(popen)
+    except ValueError as error:
+        print(str(error).partition(":")[0], reaper.closed, popen.poll())
+    print(reaper.close(1))
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+print(reaper.kill(last).result().freed, reaper.close(5))
+"""
+
+
+@pytest.mark.needs("root", "release")
+def test_a_child_with_the_pid_of_its_parent_is_known_for_a_child() -> None:
+    """Both are the first in their pid namespaces."""
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child",
+         sys.executable, "-X", "dev", "-c", NESTED],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    if "unshare failed" in done.stderr:
+        pytest.skip(f"no pid namespace: {done.stderr.strip()}")
+    assert (done.returncode, done.stdout) == (
+        0,
+        "this Reaper is closed here True None\nTrue\nTrue True\n",
+    ), done
