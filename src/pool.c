@@ -263,11 +263,13 @@ close_fd(int fd)
     }
 }
 
+/* Not the fd that ends the grace: that may be the last one of a file whose
+ * close takes long (some 10 ms of a pressure trigger).
+ */
 static void
 close_fds(struct job *job)
 {
     reap_finish(&job->reap);
-    close_fd(job->escalate_fd);
     close_fd(job->reap.pidfd);
 }
 
@@ -277,6 +279,7 @@ job_release(struct job *job)
     if (atomic_fetch_sub(&job->refs, 1) == 1) {
         if (!job->submitted) {
             close_fds(job);
+            close_fd(job->escalate_fd);
         }
         close_fd(job->done_fd);
         free(job);
@@ -862,7 +865,7 @@ pull(struct pool *pool, struct job *job)
         CPU_ZERO(&here);
         CPU_SET((size_t)cpu, &here);
         job->sender_cpu = cpu;
-        worker->moved =
+        worker->moved |=
             sched_setaffinity(worker->tid, sizeof(here), &here) == 0;
     }
     unlock(pool);
@@ -1205,6 +1208,44 @@ watch_fd(struct pool *pool, int fd, uint32_t events, void *what)
     return epoll_ctl(pool->epoll, EPOLL_CTL_ADD, fd, &event) < 0 ? errno : 0;
 }
 
+/* Do both wait for the same open file of the kernel's?  `b` has one. */
+static bool
+is_same_trigger(const struct job *a, const struct job *b)
+{
+    struct stat of_a;
+    struct stat of_b;
+
+    if (a->escalate_fd < 0 || fstat(a->escalate_fd, &of_a) != 0 ||
+        fstat(b->escalate_fd, &of_b) != 0 || !S_ISREG(of_a.st_mode) ||
+        of_a.st_dev != of_b.st_dev || of_a.st_ino != of_b.st_ino)
+    {
+        return false;
+    }
+    int same = fcntl(a->escalate_fd, F_DUPFD_QUERY, b->escalate_fd);
+    if (same < 0) { /* before Linux 6.10 */
+        pid_t pid = getpid();
+        long order = syscall(SYS_kcmp, pid, pid, KCMP_FILE, a->escalate_fd,
+                             b->escalate_fd);
+        same = order < 0 ? a->escalate_asked == b->escalate_asked : order == 0;
+    }
+    return same != 0;
+}
+
+/* What the fd that ends its grace has to tell.  With the lock held.  A pressure
+ * trigger tells of its news once: it is meant for all.
+ */
+static void
+tell_news(struct pool *pool, struct job *job, short events)
+{
+    for (struct job *each = pool->jobs; each != NULL; each = each->next) {
+        if (each == job || (!(events & POLLERR) && is_same_trigger(each, job)))
+        {
+            each->heard |= events;
+            attend(pool, each);
+        }
+    }
+}
+
 /* What marks the events of the fd that ends a grace. */
 #define ESCALATES ((uintptr_t)1)
 
@@ -1215,10 +1256,20 @@ watch_job(struct pool *pool, struct job *job)
     if (err != 0 || job->escalate_fd < 0) {
         return err;
     }
-    uint32_t events = (uint32_t)reap_news_of(job->escalate_fd);
-    err = watch_fd(pool, job->escalate_fd, events | EPOLLONESHOT,
+    /* First: to be watched takes the news from a pressure trigger. */
+    struct pollfd fd = {.fd = job->escalate_fd,
+                        .events = reap_news_of(job->escalate_fd)};
+    if (poll(&fd, 1, 0) == 1) {
+        if (fd.revents & POLLNVAL) {
+            return 0;           /* it cannot be polled (O_PATH) */
+        }
+        lock(pool);
+        tell_news(pool, job, fd.revents);
+        unlock(pool);
+    }
+    err = watch_fd(pool, job->escalate_fd, (uint32_t)fd.events | EPOLLONESHOT,
                    (void *)((uintptr_t)job | ESCALATES));
-    /* EPERM: a plain file, which has no news, ever. */
+    /* EPERM: it has no news, or always had (a plain file, /dev/null). */
     return err == EPERM ? 0 : err;
 }
 
@@ -1306,7 +1357,7 @@ pool_submit(struct pool *pool, struct job **jobs, int count)
 
 /* ------------------------------------------------------------- the watcher */
 
-/* Nobody will ask the watcher about this job any more. */
+/* Nobody will ask the watcher about this job any more.  Gives the lock up. */
 static void
 bury(struct pool *pool, struct job *job)
 {
@@ -1319,7 +1370,10 @@ bury(struct pool *pool, struct job *job)
     else {
         pool->jobs = job->next;
     }
+    unlock(pool);
+    close_fd(job->escalate_fd);
     job_release(job);
+    lock(pool);
 }
 
 static void
@@ -1342,29 +1396,6 @@ attend_all(struct pool *pool)
     }
 }
 
-/* Do both wait for the same open file of the kernel's?  `b` has one. */
-static bool
-is_same_trigger(const struct job *a, const struct job *b)
-{
-    struct stat of_a;
-    struct stat of_b;
-
-    if (a->escalate_fd < 0 || fstat(a->escalate_fd, &of_a) != 0 ||
-        fstat(b->escalate_fd, &of_b) != 0 || !S_ISREG(of_a.st_mode) ||
-        of_a.st_dev != of_b.st_dev || of_a.st_ino != of_b.st_ino)
-    {
-        return false;
-    }
-    int same = fcntl(a->escalate_fd, F_DUPFD_QUERY, b->escalate_fd);
-    if (same < 0) { /* before Linux 6.10 */
-        pid_t pid = getpid();
-        long order = syscall(SYS_kcmp, pid, pid, KCMP_FILE, a->escalate_fd,
-                             b->escalate_fd);
-        same = order < 0 ? a->escalate_asked == b->escalate_asked : order == 0;
-    }
-    return same != 0;
-}
-
 static void
 hear(struct pool *pool, struct epoll_event *event)
 {
@@ -1382,19 +1413,7 @@ hear(struct pool *pool, struct epoll_event *event)
         attend(pool, job);
         return;
     }
-    short events = (short)event->events;
-    if (events & POLLERR) {
-        job->heard |= events;
-        attend(pool, job);
-        return;
-    }
-    /* A pressure trigger tells of its news once.  It is meant for all. */
-    for (struct job *each = pool->jobs; each != NULL; each = each->next) {
-        if (each == job || is_same_trigger(each, job)) {
-            each->heard |= events;
-            attend(pool, each);
-        }
-    }
+    tell_news(pool, job, (short)event->events);
 }
 
 static void
