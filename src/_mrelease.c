@@ -498,7 +498,7 @@ read_footprint(PyObject *Py_UNUSED(module), PyObject *arg)
 
 /* (started, kernel_thread) of /proc/PID/stat: clock ticks since boot, a bool.
  *
- * Raises OSError by errno.
+ * Raises OSError by errno; EBUSY where is_in_exec() says so.
  */
 PyDoc_STRVAR(read_stat_doc, "read_stat($module, pid, /)\n--\n\n");
 
@@ -519,6 +519,25 @@ read_stat(PyObject *Py_UNUSED(module), PyObject *arg)
     }
     return Py_BuildValue("(LO)", (long long)stat.started,
                          stat.kernel_thread ? Py_True : Py_False);
+}
+
+/* Is it in the middle of execve(2), for more than 2 ms?  Until it is through,
+ * who reads its stat or asks for its robust lists may have to wait.
+ */
+PyDoc_STRVAR(is_in_exec_doc, "is_in_exec($module, pid, /)\n--\n\n");
+
+static PyObject *
+is_in_exec(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    bool found;
+    long long pid = as_number(arg, "pid", 1, INT_MAX);
+    if (pid == -1) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    found = procfs_is_in_exec((pid_t)pid);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(found);
 }
 
 static const char *const lock_names[] = {
@@ -544,7 +563,9 @@ look_at_locks(PyObject *Py_UNUSED(module), PyObject *arg)
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    locks = locks_look((pid_t)pid, false, &no_fd);
+    locks = procfs_is_in_exec((pid_t)pid)
+                ? LOCKS_FREE
+                : locks_look((pid_t)pid, false, &no_fd);
     Py_END_ALLOW_THREADS
     return PyUnicode_FromString(lock_names[locks]);
 }
@@ -670,6 +691,9 @@ reap(PyObject *module, PyObject *args)
 /* An eventfd that can be read once the job is done.  It is the job's. */
 PyDoc_STRVAR(job_fileno_doc, "fileno($self, /)\n--\n\n");
 
+/* So often, at least, does a wait look at the caller's signals. */
+#define LOOK_AT_SIGNALS INT64_C(50000000)
+
 static PyObject *
 job_fileno(PyObject *self, PyObject *Py_UNUSED(args))
 {
@@ -706,16 +730,15 @@ job_wait(PyObject *self, PyObject *arg)
         if (left <= 0) {
             Py_RETURN_FALSE;
         }
+        /* One that comes before the wait does not end it. */
         struct timespec time = {
-            .tv_sec = (time_t)(left / 1000000000),
-            .tv_nsec = (long)(left % 1000000000),
+            .tv_nsec = (long)(left < LOOK_AT_SIGNALS ? left : LOOK_AT_SIGNALS),
         };
         struct pollfd fd = {.fd = job_fd(job), .events = POLLIN};
-        int rc;
         Py_BEGIN_ALLOW_THREADS
-        rc = ppoll(&fd, 1, until == INT64_MAX ? NULL : &time, NULL);
+        ppoll(&fd, 1, &time, NULL);
         Py_END_ALLOW_THREADS
-        if (rc < 0 && PyErr_CheckSignals() < 0) {
+        if (PyErr_CheckSignals() < 0) {
             return NULL;
         }
     }
@@ -793,9 +816,6 @@ static const char *const pool_states[] = {
     [POOL_CLOSED] = "closed",
     [POOL_FORKED] = "forked",
 };
-
-/* So often, at least, does a wait look at the caller's signals. */
-#define LOOK_AT_SIGNALS INT64_C(50000000)
 
 /* 'open', 'closed', or 'forked': its threads are those of another process. */
 PyDoc_STRVAR(pool_state_doc, "state($self, /)\n--\n\n");
@@ -1263,6 +1283,7 @@ static PyMethodDef methods[] = {
     {"proc_is_ours", proc_is_ours, METH_NOARGS, proc_is_ours_doc},
     {"read_footprint", read_footprint, METH_O, read_footprint_doc},
     {"read_stat", read_stat, METH_O, read_stat_doc},
+    {"is_in_exec", is_in_exec, METH_O, is_in_exec_doc},
     {"look_at_locks", look_at_locks, METH_O, look_at_locks_doc},
     {"reap", reap, METH_VARARGS, reap_doc},
     {"pool_new", pool_new_function, METH_VARARGS, pool_new_doc},

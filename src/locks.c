@@ -143,7 +143,7 @@ look_at_threads(pid_t pid, struct batch *batch, bool *registered, bool *no_fd)
 
     int err = procfs_tasks_open(&tasks, pid);
     if (err != 0) {
-        *no_fd = err == EMFILE || err == ENFILE;
+        *no_fd = procfs_has_no_file(err);
         /* The leader may still be known to hold one. */
         add_thread(batch, pid, registered);
         return worse(LOCKS_UNKNOWN, look_at_batch(batch));

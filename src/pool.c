@@ -634,6 +634,10 @@ look(struct worker *self, struct job *job, struct report *report)
     if (!job->reap.protect || report->looked) {
         return;
     }
+    if (reap->in_exec) {
+        report->locks = LOCKS_FREE;
+        return;
+    }
     bool single = reap->has_footprint && reap->before.threads == 1;
     report->locks = locks_look(reap->pid, single, &no_fd);
     for (int i = 0; no_fd && report->locks == LOCKS_UNKNOWN && i < FD_TRIES;

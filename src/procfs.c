@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/stat.h>           /* fstatat() */
 #include <sys/vfs.h>            /* fstatfs() */
+#include <time.h>               /* nanosleep() */
 #include <unistd.h>             /* read() */
 
 #include "syscalls.h"
@@ -213,6 +214,12 @@ take_memory_of_threads(pid_t pid, struct procfs_status *status)
     procfs_tasks_close(&tasks);
 }
 
+bool
+procfs_has_no_file(int err)
+{
+    return err == EMFILE || err == ENFILE;
+}
+
 int
 procfs_read_status(pid_t pid, struct procfs_status *status)
 {
@@ -252,10 +259,49 @@ tells_dying(char state, unsigned long flags, long long threads,
            exit_code != 0;
 }
 
+static bool
+has_no_code(pid_t tid)
+{
+    char buffer[128] = "";
+    int fd = open_proc(tid, "statm", 0);
+    if (fd < 0) {
+        return false;
+    }
+    ssize_t n = read(fd, buffer, sizeof(buffer) - 1);
+    close(fd);
+    if (n <= 0) {
+        return false;
+    }
+    long long pages[4] = {0};   /* size, resident, shared, text */
+    char *at = buffer;
+    for (int i = 0; i < 4; i++) {
+        pages[i] = strtoll(at, &at, 10);
+    }
+    return pages[0] > 0 && pages[3] == 0;
+}
+
+bool
+procfs_is_in_exec(pid_t tid)
+{
+    const struct timespec moment = {.tv_nsec = 100000};
+
+    /* Most are through in less, as a child that was started just now is. */
+    for (int i = 0; has_no_code(tid); i++) {
+        if (i == 20) {
+            return true;
+        }
+        nanosleep(&moment, NULL);
+    }
+    return false;
+}
+
 int
 procfs_read_stat(pid_t pid, struct procfs_stat *stat)
 {
     char buffer[1024];
+    if (procfs_is_in_exec(pid)) {
+        return EBUSY;
+    }
     int fd = open_proc(pid, "stat", 0);
     if (fd < 0) {
         return errno;
@@ -295,16 +341,21 @@ procfs_is_dying(pid_t pid)
     struct procfs_stat stat = {0};
     struct procfs_status status = {.kill_pending = false};
 
-    if (procfs_read_stat(pid, &stat) != 0 || stat.kernel_thread) {
-        return false;
+    /* First, as it waits for nothing. */
+    if (procfs_read_status(pid, &status) == 0 && status.kill_pending) {
+        return true;
     }
-    return stat.dying ||
-           (procfs_read_status(pid, &status) == 0 && status.kill_pending);
+    return procfs_read_stat(pid, &stat) == 0 && !stat.kernel_thread &&
+           stat.dying;
 }
 
 int
 procfs_open_memory(pid_t tid)
 {
+    if (procfs_is_in_exec(tid)) {
+        errno = EBUSY;
+        return -1;
+    }
     return open_proc(tid, "mem", O_RDWR);
 }
 

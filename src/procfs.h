@@ -1,8 +1,9 @@
 /* What /proc/PID says about a process, read without touching its memory map.
  *
- * Only status, stat, auxv and the list of threads are read: they come from the
- * kernel's own memory and wait for no lock of the victim's, so they are
- * harmless beside a kill (cmdline, environ, maps and smaps are not).
+ * Only status, stat, statm, auxv and the list of threads are read: they come
+ * from the kernel's own memory and do not wait for its mmap_lock, so they are
+ * harmless beside a kill (cmdline, environ, maps and smaps are not).  For
+ * another lock, see procfs_is_in_exec().
  *
  * A path with a pid in it names whoever has that pid at the moment of open().
  * Callers hold a pidfd: what was read is about the right process if the pidfd
@@ -23,6 +24,10 @@
 bool
 procfs_is_ours(void);
 
+/* Does this errno mean that no file descriptor was left? */
+bool
+procfs_has_no_file(int err);
+
 /* Memory is in bytes. */
 struct procfs_status {
     int64_t anon;               /* RssAnon */
@@ -42,13 +47,24 @@ struct procfs_status {
 int
 procfs_read_status(pid_t pid, struct procfs_status *status);
 
+/* Is it in the middle of execve(2), where it has let go of its old memory and
+ * of its robust locks, and has no code yet?  Until it is through, it holds a
+ * lock (exec_update_lock) that others come to wait for: who opens its mem, asks
+ * for its robust lists, or (6.18) reads its stat.  What it does meanwhile may
+ * take for ever: it closes files, of a FUSE file system, say.  Waits for 2 ms first.
+ */
+bool
+procfs_is_in_exec(pid_t tid);
+
 struct procfs_stat {
     int64_t started;            /* clock ticks since boot */
     bool kernel_thread;
     bool dying;                 /* it will not run user code again */
 };
 
-/* 0, or an errno: ENOENT or ESRCH when there is no such process. */
+/* 0, or an errno: ENOENT or ESRCH when there is no such process, EBUSY when it
+ * is in execve(2).
+ */
 int
 procfs_read_stat(pid_t pid, struct procfs_stat *stat);
 
@@ -58,9 +74,10 @@ procfs_is_dying(pid_t pid);
 
 /* The memory of a process, to be asked about even after it has ended.
  *
- * An fd for a thread that uses it, or -1: there is no such thread, or the
- * caller may not trace the process (PTRACE_MODE_ATTACH).  It keeps no page,
- * and what is asked waits for no lock of the victim's.
+ * An fd for a thread that uses it, or -1: there is no such thread, it is in
+ * execve(2) for long (errno is EBUSY then), or the caller may not trace the
+ * process (PTRACE_MODE_ATTACH).  It
+ * keeps no page, and what is asked waits for no lock of the victim's.
  */
 int
 procfs_open_memory(pid_t tid);

@@ -214,7 +214,9 @@ read_footprint(struct reap *reap)
 {
     struct procfs_status now;
     int memory = procfs_open_memory(reap->pid);
-    bool is_read = procfs_read_status(reap->pid, &now) == 0;
+    reap->in_exec = memory < 0 && errno == EBUSY;
+    int err = procfs_read_status(reap->pid, &now);
+    bool is_read = err == 0;
     pid_t user = is_read ? now.user : 0;
     if (user != reap->pid) {
         /* Older kernels open it all the same, and then call it unused. */
@@ -225,8 +227,14 @@ read_footprint(struct reap *reap)
     }
     if (user == 0 && reap->terminated != 0) {
         /* It has let go of its memory since SIGTERM: what that was, and who
-         * else uses it, is known from before.
+         * else uses it, is known from before.  Or that cannot be read now, for
+         * want of a file descriptor: it may have more threads, or run another
+         * program.
          */
+        if (procfs_has_no_file(err)) {
+            reap->before.threads = 0;
+            close_memory(reap);
+        }
         return;
     }
     close_memory(reap);
@@ -331,6 +339,10 @@ look_at_locks(struct reap *reap)
 {
     bool single = reap->has_footprint && reap->before.threads == 1;
     bool no_fd;
+    if (reap->in_exec) {
+        reap->locks = LOCKS_FREE;
+        return;
+    }
     reap->locks = locks_look(reap->pid, single, &no_fd);
     if (no_fd && reap->memory >= 0) {
         /* That was the last; the locks matter more. */

@@ -81,6 +81,7 @@ struct reap {
     bool freed;                 /* the memory is known to be back */
 
     int memory;         /* -1 to begin with; see procfs_open_memory() */
+    bool in_exec;       /* see procfs_is_in_exec(): it has no locks */
 
     /* For who drives it with reap_advance(). */
     int64_t wake_at;            /* with REAP_WAIT */

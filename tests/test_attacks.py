@@ -35,11 +35,20 @@ from cgroups import Unavailable
 from families import Family
 from kernel_errors import ALLOW
 from kill_ways import by_reaper
-from mrelease import CgroupRelease, Outcome, Reaper, Victim, cli, kill_cgroup
+from mrelease import (
+    CgroupRelease,
+    Outcome,
+    Reaper,
+    Release,
+    Victim,
+    cli,
+    kill_cgroup,
+)
 from mrelease.cgroup import Cgroup, kill_opened
 from mrelease.directory import Distrusted, open_directory
 from mrelease.printable import printable
 from test_limits import own_mounts
+from unflushed import Unflushed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -1231,3 +1240,98 @@ def test_the_threat_model_names_tests_that_exist() -> None:
     )
     missing = set(ours) - {test for _, test in named}
     assert missing <= {"test_the_threat_model_names_tests_that_exist"}
+
+
+# ------------------------------------------ a victim that hangs in execve()
+
+HANGS_IN_EXEC = """
+import os, sys
+os.open(sys.argv[1], os.O_RDONLY)  # closed by execv(), which comes to wait
+os.execv("/bin/sleep", ["sleep", "60"])
+"""
+WAYS: dict[str, Callable[[int], object]] = {
+    "kill": lambda pid: mrelease.kill(pid, timeout=0.5),
+    "kill, locks ignored": lambda pid: mrelease.kill(
+        pid, timeout=0.5, locks="ignore"
+    ),
+    "kill after a grace": lambda pid: mrelease.kill(
+        pid, grace=0.1, timeout=0.5
+    ),
+    "release": lambda pid: Victim(pid).release(timeout=0.1),
+    "Victim": lambda pid: Victim(pid).kill(timeout=0.5),
+    "kill_many": lambda pid: mrelease.kill_many([pid], timeout=0.5),
+    "kill_tree": lambda pid: mrelease.kill_tree(pid, timeout=0.5),
+    "kill_group": lambda pid: mrelease.kill_group(pid, timeout=0.5),
+    "a Reaper": lambda pid: one_thread(pid, 0.0),
+    "a Reaper after a grace": lambda pid: one_thread(pid, 0.1),
+    "the command": lambda pid: cli.main(
+        ["kill", "--timeout", "0.5", str(pid)]
+    ),
+    "the command, of a tree": lambda pid: cli.main(
+        ["kill", "--tree", str(pid)]
+    ),
+}
+
+
+def one_thread(pid: int, grace: float) -> Release:
+    with Reaper(threads=1, spares=1) as reaper:
+        return reaper.kill(pid, grace=grace, timeout=0.5).result(5)
+
+
+@needs_root
+@pytest.mark.needs("release")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_victim_that_hangs_in_execve_does_not_hold_its_kill_up(
+    way: str, tmp_path: Path
+) -> None:
+    """It holds a lock for which others wait who open its memory."""
+    with Unflushed(tmp_path) as file:
+        victim = subprocess.Popen(
+            [sys.executable, "-I", "-c", HANGS_IN_EXEC, file.path],
+            start_new_session=True,
+        )
+        try:
+            file.wait_for_close()
+            with kernel_errors.Job(lambda: WAYS[way](victim.pid)) as job:
+                done = job.result(20)
+            status = victims.status_of(victim.pid)
+            sent = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+            if way == "release":
+                assert isinstance(done, Release)
+                assert done.outcome is Outcome.ALIVE
+                assert sent == 0
+            else:
+                assert sent & 1 << (signal.SIGKILL - 1)
+            if isinstance(done, Release) and way != "release":
+                assert done.freed  # released, though it has not ended
+                assert done.locks in ("free", "ignored")
+        finally:
+            file.close()
+            victim.kill()
+            victim.wait()
+
+
+@needs_root
+def test_a_process_that_hangs_in_execve_does_not_keep_others_alive(
+    tmp_path: Path,
+) -> None:
+    """Nor who reads of all processes, or kills one with it."""
+    with Unflushed(tmp_path) as file:
+        hanging = subprocess.Popen(
+            [sys.executable, "-I", "-c", HANGS_IN_EXEC, file.path]
+        )
+        try:
+            file.wait_for_close()
+            with Family("child()\nrest()", new_session=True) as family:
+                family.wait_for(2)
+                job = kernel_errors.Job(
+                    lambda: mrelease.kill_group(family.pid, timeout=5)
+                )
+                with job:
+                    assert len(job.result(20)) == 2
+                assert family.left() == set()
+            assert "sleep" not in Path(f"/proc/{hanging.pid}/comm").read_text()
+        finally:
+            file.close()
+            hanging.kill()
+            hanging.wait()

@@ -29,6 +29,7 @@ import kernel_errors
 import mrelease
 import victims
 from cgroups import Freezer
+from families import slowness
 from kill_ways import by_reaper
 from mrelease import Outcome, _mrelease
 
@@ -548,8 +549,9 @@ def test_a_lock_that_is_seen_counts_though_another_thread_was_refused(
         victims.robust_waiter(path) as waiter,
     ):
         rule = refused_for(holder.pid)
+        # It is Python that answers, once for each thread.
         release = answered({"get_robust_list": rule}).run(
-            kill, holder.pid, timeout=SOON
+            kill, holder.pid, timeout=SOON * slowness()
         )
         check_locked(kill, release, ended=False)
         holder.let_go()
@@ -694,3 +696,53 @@ def test_a_lock_that_was_seen_is_protected_also_in_a_churner(
         assert not (release.locks == "held" and got is None), release
         ends[f"lock {release.locks}, waiter {got or 'hangs'}"] += 1
     print(f"\nchurner, locks={locks}, {count} kills: {dict(ends)}")
+
+
+TAKES_IT_AT_SIGTERM = """
+import ctypes, signal, sys, threading, time
+libc = ctypes.CDLL(None)
+def hold():
+    head, node = (ctypes.c_uint64 * 3)(), (ctypes.c_uint64 * 2)()
+    head[0], node[0] = ctypes.addressof(node), ctypes.addressof(head)
+    assert libc.syscall(int(sys.argv[1]), head, 24) == 0
+    print("taken", flush=True)
+    time.sleep(60)
+signal.signal(
+    signal.SIGTERM, lambda *_: threading.Thread(target=hold).start()
+)
+print("ready", flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+@pytest.mark.skipif(sys.maxsize < 2**32, reason="lists of 64 bits")
+@pytest.mark.parametrize("files", [0, 50])
+def test_a_lock_taken_in_the_grace_is_seen(files: int) -> None:
+    """Where no file descriptor is left by then, to see that it has threads."""
+    number = str(kernel_errors.number("set_robust_list"))
+    with subprocess.Popen(
+        [sys.executable, "-c", TAKES_IT_AT_SIGTERM, number],
+        stdout=subprocess.PIPE,
+    ) as victim:
+        assert victim.stdout is not None
+        try:
+            assert victim.stdout.readline() == b"ready\n"
+
+            def kill() -> mrelease.Release:
+                assert victim.stdout is not None
+                timer = threading.Timer(
+                    0.3, kernel_errors.leave_files, [files]
+                )
+                timer.start()
+                release = mrelease.kill(victim.pid, grace=2.0, timeout=1.0)
+                timer.join()
+                return release
+
+            release = kernel_errors.in_child(kill)
+            assert victim.stdout.readline() == b"taken\n"
+            assert release.locks == "held"
+            assert release.outcome is Outcome.LOCKED
+            assert victim.wait(10) == -signal.SIGKILL
+        finally:
+            victim.kill()

@@ -60,7 +60,9 @@ def kill(
     since whoever waits for them would never be woken; it is killed all the
     same (Outcome.LOCKED).  A lock that is taken in the microseconds between
     the look and SIGKILL is not seen.  locks='ignore' does not look: a victim
-    that never lets go of its mmap_lock is killed then, too.
+    that never lets go of its mmap_lock is killed then, too.  One that hangs in
+    execve(2) has none, and is killed, too; if it was not released, whether its
+    memory is back is not known (freed is false).
 
     Raises, before anything was signalled: TypeError, ValueError for bad
     arguments, pid 1, the caller itself, a kernel thread; ProcessLookupError if

@@ -142,7 +142,8 @@ class Victim(Closing):
     def started(self) -> int | None:
         """Clock ticks from boot to its start (field 22 of /proc/PID/stat).
 
-        None if /proc could not be read.
+        None if /proc could not be read, or the process was in the middle of
+        execve(2) and did not come through.
         """
         return self._started
 
@@ -263,7 +264,7 @@ class Victim(Closing):
 
 
 def start_of(pidfd: _mrelease.Pidfd, pid: int) -> int | None:
-    """Read the start time of the process; None without /proc.
+    """Read the start time of the process; None where it cannot be had.
 
     Raises ProcessLookupError if it was waited for, ValueError for a kernel
     thread.

@@ -1,5 +1,5 @@
-/* The files of a process, with any content: stat, auxv, status, and the
-   folder of its threads.  They lie over those of a real child, in a mount
+/* The files of a process, with any content: stat, statm, auxv, status, and
+   the folder of its threads.  They lie over those of a real child, in a mount
    namespace of this process's own. */
 
 #define _GNU_SOURCE
@@ -71,6 +71,7 @@ static int stat_file;
 static int auxv_file;
 static int status_file;         /* empty, but for try_status() */
 static int thread_file;
+static int statm_file;          /* empty, but for try_statm() */
 
 int
 LLVMFuzzerInitialize(int *argc, char ***argv)
@@ -99,6 +100,7 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
     stat_file = cover("stat", 1);
     auxv_file = cover("auxv", 2);
     status_file = cover("status", 3);
+    statm_file = cover("statm", 6);
     snprintf(path, sizeof(path), "/proc/%d/task/.4", (int)victim);
     thread_file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     NEED(thread_file >= 0);
@@ -184,6 +186,27 @@ try_stat(const uint8_t *data, size_t size)
     CHECK(found.kernel_thread == ((fields[9] >> 21 & 1) != 0));
     CHECK(found.dying == expect_dying(name_ends[2], fields));
     CHECK(procfs_is_dying(victim) == (found.dying && !found.kernel_thread));
+}
+
+static void
+try_statm(const uint8_t *data, size_t size)
+{
+    char text[128];
+    long long fields[4] = {0};
+
+    fill(statm_file, data, size);
+    bool found = has_no_code(victim);
+    fill(statm_file, data, 0);
+
+    size = size < sizeof(text) - 1 ? size : sizeof(text) - 1;
+    memcpy(text, data, size);
+    text[size] = '\0';
+    const char *end = text + strlen(text);
+    const char *at = text;
+    for (int field = 0; field < 4 && at != NULL; field++) {
+        at = decimal(at, end, &fields[field]);
+    }
+    CHECK(found == (fields[0] > 0 && fields[3] == 0));
 }
 
 static void
@@ -302,6 +325,9 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     switch (*data) {
     case 'a':
         try_auxv(data + 1, size - 1);
+        break;
+    case 'm':
+        try_statm(data + 1, size - 1);
         break;
     case 't':
         try_tasks((struct bytes){data + 1, size - 1});

@@ -83,7 +83,7 @@ SUITES = ("bullseye", "bookworm", "trixie", "sid")
 
 # lzo-rle is what zram compresses with by default up to 6.1; nothing depends
 # on it by name. What a kernel has built in, or lacks, is left out.
-MODULES = ("lzo-rle", "zram", "loop")
+MODULES = ("lzo-rle", "zram", "loop", "fuse")
 
 # Taken from this machine where it has them; busybox has the rest. Its shell
 # would prefer its own fsfreeze, mount and so on, whatever PATH says.
