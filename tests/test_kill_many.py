@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import math
 import os
@@ -9,6 +10,7 @@ import resource
 import signal
 import subprocess
 import threading
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -333,7 +335,7 @@ def test_bad_terms_mean_that_none_is_signalled(
 def test_what_is_no_iterable_is_a_type_error(kill_many: KillMany) -> None:
     with victims.asleep(1) as victim:
         for bad in (victim.pid, victim.popen, None):
-            with pytest.raises(TypeError, match="not iterable"):
+            with pytest.raises(TypeError, match="must be an iterable of what"):
                 kill_many(cast("list[int]", bad))
         check_untouched(victim)
 
@@ -506,3 +508,41 @@ def test_a_thousand_are_killed_in_one_call(
         assert [result.pid for result in results] == [s.pid for s in made]
         assert all(result.outcome in BACK for result in results)
         assert all(s.wait(10) == -signal.SIGKILL for s in made)
+
+
+@pytest.mark.any_kernel
+@pytest.mark.needs("kernel_thread")
+@pytest.mark.parametrize("bad", ["a kernel thread", "a thread"])
+def test_a_bad_one_is_seen_though_no_file_descriptor_is_left_for_it(
+    bad: str, kill_many: KillMany
+) -> None:
+    """It comes after so many that some would have been killed by then."""
+
+    def run(pids: list[int]) -> None:
+        own = 2 + max(2, min(16, len(os.sched_getaffinity(0)))) + 8
+        kernel_errors.leave_files(own + 12)
+        with pytest.raises(ValueError, match="thread"):
+            kill_many(pids)
+
+    with sleepers(12) as made, victims.asleep(0, threads=2) as other:
+        tids = {int(tid) for tid in os.listdir(f"/proc/{other.pid}/task")}
+        last = 2 if bad == "a kernel thread" else max(tids - {other.pid})
+        kernel_errors.in_child(run, [*(each.pid for each in made), last])
+        assert all(each.poll() is None for each in made)
+        assert not other.ended(0.05)
+
+
+@pytest.mark.parametrize("way", [mrelease.kill_many, mrelease.kill])
+def test_ctrl_c_in_a_grace_does_not_wait_for_its_end(
+    way: Callable[..., object],
+) -> None:
+    with victims.asleep(0, sigterm="ignore") as victim:
+        timer = threading.Timer(0.3, _thread.interrupt_main)
+        what = victim.pid if way is mrelease.kill else [victim.pid]
+        begun = time.monotonic()
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            way(what, grace=30)
+        assert time.monotonic() - begun < 15
+        assert victim.wait() == -signal.SIGKILL
+        timer.join()

@@ -6,11 +6,14 @@ What a kill itself comes to is tested with that of kill(): see the fixture
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import copy
 import errno
 import gc
 import math
 import os
+import pickle
 import select
 import selectors
 import signal
@@ -833,3 +836,118 @@ def test_no_exception_of_a_submit_leaves_anything_behind(
                     raise AssertionError(bad)
         assert fds() == before
         check_untouched(victim)
+
+
+# ------------------------------------------------- found by a second reader
+
+
+def test_an_interrupt_from_a_thread_ends_the_wait_for_a_result(
+    reaper: Reaper,
+) -> None:
+    """It is no signal that cuts a system call short."""
+    with victims.asleep(0, sigterm="ignore") as victim:
+        reaping = reaper.kill(victim.pid, grace=LONG)
+        timer = threading.Timer(0.2, _thread.interrupt_main)
+        begun = time.monotonic()
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            reaping.result()
+        assert time.monotonic() - begun < LONG / 2
+        timer.join()
+        assert not reaping.done()
+
+
+def test_an_interrupt_leaves_the_with_statement_at_once() -> None:
+    with victims.asleep(0, sigterm="ignore") as victim:
+        begun = time.monotonic()
+
+        def leave() -> None:
+            with Reaper() as reaper:
+                reaper.kill(victim.pid, grace=LONG)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            leave()
+        assert time.monotonic() - begun < LONG / 2
+        assert victim.wait() == -signal.SIGKILL
+
+
+def test_the_fd_of_one_that_was_refused_is_the_same_in_all_threads(
+    reaper: Reaper,
+) -> None:
+    def tell(reaping: Reaping, found: list[int]) -> None:
+        found.append(reaping.fileno())
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        gone = victims.reaped_pid()
+        for _ in range(200):
+            (reaping,) = reaper.kill_many([gone])
+            found: list[int] = []
+            threads = [
+                threading.Thread(target=tell, args=(reaping, found))
+                for _ in range(2)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert set(found) == {reaping.fileno()}
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("make", [Reaper, lambda: Victim(os.getppid())])
+def test_what_is_closed_cannot_be_copied(
+    make: Callable[[], Reaper | Victim],
+) -> None:
+    with make() as made:
+        for twice in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="neither copied nor pickled"):
+                twice(made)
+        gc.collect()
+        if isinstance(made, Reaper):
+            assert not made.closed
+        else:
+            assert made.fileno() >= 0
+
+
+@pytest.mark.parametrize("kind", ["/dev/null", "/", "O_PATH", "closed end"])
+def test_escalate_on_means_the_same_to_a_reaper_and_to_kill(
+    kind: str, reaper: Reaper
+) -> None:
+    """What can always be read has news; what cannot be polled has none."""
+    if kind == "O_PATH":
+        fd = os.open("/", os.O_PATH)
+    elif kind == "closed end":
+        fd, other = os.pipe()
+        os.close(other)
+    else:
+        fd = os.open(kind, os.O_RDONLY)
+    try:
+        for how in (mrelease.kill, reaper.kill):
+            with victims.asleep(0, sigterm="ignore") as victim:
+                made = how(victim.pid, grace=0.4, escalate_on=fd)
+                release = made.result() if isinstance(made, Reaping) else made
+                assert release.signalled is not None
+                at_once = release.signalled < 0.39
+                assert at_once is (kind != "O_PATH")
+    finally:
+        os.close(fd)
+
+
+def test_a_trigger_that_has_news_already_cuts_the_grace(
+    reaper: Reaper,
+) -> None:
+    """To be watched takes its news from it."""
+    with _Pressure() as group, victims.stopped(0) as victim:
+        with ExitStack() as busy:
+            for _ in range(2 + len(os.sched_getaffinity(0))):
+                busy.enter_context(victims.spinning(0, groups=[group]))
+            time.sleep(3)  # it has had time to stall, and nobody asked
+        release = reaper.kill(
+            victim.pid, grace=LONG, escalate_on=group.trigger
+        ).result(LONG)
+        assert release.signalled is not None
+        assert release.signalled < LONG - 1

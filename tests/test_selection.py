@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import families
+import kernel_errors
 import mrelease
 import victims
 from families import Family, field
@@ -686,3 +687,69 @@ for kill in (mrelease.kill_tree, mrelease.kill_group):
 def test_the_names_are_public() -> None:
     assert mrelease.kill_tree is kill_tree
     assert mrelease.kill_group is kill_group
+
+
+# --------------------------------------- after a signal nothing is raised
+
+LATE = """
+def handler(*_):
+    if child() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        say("late")
+        rest()
+signal.signal(signal.SIGTERM, handler)
+say("ready")
+rest()
+"""
+"""What it forks at SIGTERM is found during the grace, or after it."""
+
+
+@pytest.mark.parametrize("kill", [kill_tree, kill_group])
+def test_what_comes_late_is_killed_though_all_files_are_taken_meanwhile(
+    kill: Callable[..., list[Release]],
+) -> None:
+    def run(pid: int) -> list[Release]:
+        with Reaper(threads=1, spares=0) as reaper:
+            kernel_errors.leave_files(60)
+            taken: list[int] = []
+            over = threading.Event()
+
+            def take() -> None:
+                time.sleep(0.1)  # the signal is out
+                while not over.wait(0.002):
+                    try:
+                        while True:
+                            taken.append(os.open("/", os.O_PATH))
+                    except OSError:
+                        pass
+
+            thread = threading.Thread(target=take)
+            thread.start()
+            try:
+                return kill(pid, grace=0.6, timeout=5, reaper=reaper)
+            finally:
+                over.set()
+                thread.join()
+                for fd in taken:
+                    os.close(fd)
+
+    with Family(LATE, new_session=True) as family:
+        assert family.read_line() == "ready"
+        releases = kernel_errors.in_child(run, family.pid)
+        victims.wait_until(lambda: family.left() == set(), "all are dead")
+        assert family.pid in [each.pid for each in releases]
+
+
+@pytest.mark.parametrize("kill", [kill_tree, kill_group])
+def test_the_rest_is_killed_though_its_reaper_is_closed_meanwhile(
+    kill: Callable[..., list[Release]],
+) -> None:
+    with Family(LATE, new_session=True) as family, Reaper() as reaper:
+        assert family.read_line() == "ready"
+        timer = threading.Timer(0.3, reaper.close)
+        timer.start()
+        releases = kill(family.pid, grace=0.8, timeout=5, reaper=reaper)
+        timer.join()
+        assert family.left() == set()
+        assert len(releases) == 2
+        assert all(each.freed for each in releases), releases

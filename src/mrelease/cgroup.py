@@ -26,7 +26,7 @@ from mrelease.directory import Distrusted, open_directory
 from mrelease.footprint import in_units
 from mrelease.printable import printable
 from mrelease.protocol import Terms, bounded
-from mrelease.reaper import Reaper, check_reaper
+from mrelease.reaper import Reaper, check_reaper, kill_here
 from mrelease.release import Outcome, Release
 from mrelease.value import Value
 from mrelease.victim import Victim
@@ -457,13 +457,11 @@ class CgroupKilling:
             reapings = reaper.kill_many(
                 victims, timeout=self._left(), locks=self._locks
             )
-        except OSError as error:
+        except (OSError, ValueError):
+            # No file descriptor is left for it, or it was closed meanwhile.
             if not self._begun_to_kill:
                 raise  # nothing was killed
-            self._releases += [
-                Release(victim.pid, Outcome.DENIED, errno=error.errno)
-                for victim in victims
-            ]
+            self._releases += kill_here(victims, self._left(), self._locks)
             return
         self._begun_to_kill = True
         self._reapings += zip(victims, reapings, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Self
+    from typing import NoReturn, Self
 
 
 class Closing:
@@ -16,6 +16,11 @@ class Closing:
     def close(self) -> object:
         """Give back what it holds."""
         raise NotImplementedError
+
+    def __reduce__(self) -> NoReturn:
+        # A copy would close what the other one has.
+        kind = type(self).__name__
+        raise TypeError(f"a {kind} can be neither copied nor pickled")
 
     def __enter__(self) -> Self:
         return self

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from _thread import allocate_lock
 from errno import EAGAIN, EINVAL, EMFILE, ENFILE, EPERM
-from time import monotonic_ns, sleep
+from time import monotonic, monotonic_ns, sleep
 
 from mrelease import _mrelease
 from mrelease.closing import Closing
@@ -19,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
     from collections.abc import Generator, Iterable
+    from types import TracebackType
     from typing import Any, Literal, SupportsIndex
     from weakref import ref
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     _Policy = Literal["auto", "fifo", "nice", "none"]
 
+_SIGKILL = 9  # without the module signal, which takes long to import
 _FILES_BACK = 100_000_000  # nanoseconds
 _MOST_THREADS = 1024
 _FEW_THREADS = 16
@@ -72,12 +75,16 @@ class _Readable:
         os.close(self._fd)
 
 
+_first_use = allocate_lock()
+
+
 class Reaping:
     """The kill of one process by a Reaper: under way, or done.
 
-    It goes on whether anybody waits for it or not.  It can be awaited in
-    asyncio, by any number of tasks; elsewhere fileno() polls readable once it
-    is done.  Safe to use from several threads.
+    It goes on whether anybody waits for it or not; but if its Reaper is
+    dropped, the grace is cut short.  It can be awaited in asyncio, by any
+    number of tasks; elsewhere fileno() polls readable once it is done.  Safe
+    to use from several threads.
     """
 
     __slots__ = (
@@ -126,7 +133,9 @@ class Reaping:
         it when the Reaping is no more.
         """
         if self._readable is None:
-            self._readable = _Readable()
+            with _first_use:
+                if self._readable is None:
+                    self._readable = _Readable()
         return self._readable.fileno()
 
     def result(self, timeout: float | None = None) -> Release:
@@ -160,6 +169,11 @@ class Reaping:
         release = as_release(self._pid, result)
         victim = self._victim
         return release if victim is None else victim._remember(release)
+
+    def _refuse(self, error: Exception) -> None:
+        """Take it that nothing was done."""
+        self._release = _refused(self._pid, error)
+        self._job = self._readable = None
 
     def _detach(self) -> None:
         """Give the file descriptors back, of what is done."""
@@ -272,7 +286,8 @@ class Reaper(Closing):
     are applied to the caller.  One more thread watches the victims to their
     end, and raises them where permitted (CAP_SYS_NICE).
 
-    Safe to use from several threads.  A with statement closes it.  In a forked
+    Safe to use from several threads.  A with statement closes it, and cuts
+    graces short if it ends with KeyboardInterrupt or the like.  In a forked
     child it is closed.  At the end of the interpreter what is under way is
     left to itself, but graces are cut short.
 
@@ -379,7 +394,7 @@ class Reaper(Closing):
         begun = monotonic_ns()
         terms = Terms(grace, None, timeout, locks)
         self._check_open()
-        return _Batch(self, terms, begun).kill(list(processes))
+        return _Batch(self, terms, begun).kill(_listed(processes))
 
     def close(self, timeout: float | None = None) -> bool:
         """Take no more kills, and wait for what is under way.
@@ -393,6 +408,16 @@ class Reaper(Closing):
         """
         left = -1 if timeout is None else nanoseconds("timeout", timeout)
         return self._pool.close(left)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # KeyboardInterrupt, say: who wants to end does not wait for a grace.
+        urgent = kind is not None and not issubclass(kind, Exception)
+        self.close(0 if urgent else None)
 
     def _check_open(self) -> None:
         state = self._pool.state()
@@ -442,6 +467,40 @@ def check_reaper(reaper: object) -> None:
     reaper._check_open()
 
 
+def kill_here(
+    victims: list[Victim], timeout: float, locks: Literal["protect", "ignore"]
+) -> list[Release]:
+    """Kill them in this thread, when a Reaper cannot, and raise nothing."""
+    until = monotonic() + timeout
+    for victim in victims:
+        try:
+            _mrelease.pidfd_signal(victim, _SIGKILL)
+        except OSError:
+            pass  # told below
+    found: list[Release] = []
+    for victim in victims:
+        left = max(0.0, until - monotonic())
+        try:
+            release = victim.kill(timeout=left, locks=locks)
+        except (OSError, ValueError) as error:
+            release = _refused(victim.pid, error)
+        found.append(release)
+    return found
+
+
+def _listed(
+    processes: Iterable[Victim | HasPid | SupportsIndex],
+) -> list[Victim | HasPid | SupportsIndex]:
+    try:
+        each = iter(processes)
+    except TypeError:
+        raise TypeError(
+            "processes must be an iterable of what kill() takes, not "
+            f"{type(processes).__name__}"
+        ) from None
+    return list(each)
+
+
 class _Batch:
     """The kill of many processes by a Reaper."""
 
@@ -450,15 +509,19 @@ class _Batch:
         self._terms = terms
         self._begun = begun
         self._reapings: list[Reaping] = []
-        self._jobs: list[_mrelease.Job] = []
+        self._ready: list[Reaping] = []
         self._sent = False
 
     def kill(
         self, processes: list[Victim | HasPid | SupportsIndex]
     ) -> list[Reaping]:
         pids = [_check(process) for process in processes]
-        for process, pid in zip(processes, pids, strict=True):
+        spare = _spare_files() if len(processes) > 1 else []
+        for at, (process, pid) in enumerate(zip(processes, pids, strict=True)):
             if not self._try_to_add(process, pid):
+                if not self._sent:
+                    spare.clear()
+                    _look_at(processes[at:])
                 self._flush()
                 self._wait()
                 self._add_patiently(process, pid)
@@ -478,6 +541,10 @@ class _Batch:
         except OSError as error:
             if error.errno in (EMFILE, ENFILE):
                 return False
+            self._refuse(pid, error)
+        except (TypeError, ValueError) as error:
+            if not self._sent:
+                raise
             self._refuse(pid, error)
         return True
 
@@ -503,29 +570,39 @@ class _Batch:
                     or monotonic_ns() > until
                 ):
                     return self._refuse(pid, error)
+            except (TypeError, ValueError) as error:
+                if not self._sent:
+                    raise
+                return self._refuse(pid, error)
             sleep(0.0005)
 
     def _add(self, process: Victim | HasPid | SupportsIndex, pid: int) -> None:
         pidfd, pid = _pin(process)
         victim = process if isinstance(process, Victim) else None
-        if victim is None and _may_be_kernel_thread(pid):
-            start_of(pidfd, pid)  # raises if it is one
+        if victim is None:
+            _refuse_kernel_thread(pidfd, pid)
         job = _job(pidfd, pid, self._terms, self._begun)
-        self._jobs.append(job)
-        self._reapings.append(
-            Reaping(pid, self._reaper._pool, job, victim=victim)
-        )
+        reaping = Reaping(pid, self._reaper._pool, job, victim=victim)
+        self._ready.append(reaping)
+        self._reapings.append(reaping)
 
-    def _refuse(self, pid: int, error: OSError) -> None:
+    def _refuse(self, pid: int, error: Exception) -> None:
         self._reapings.append(
             Reaping(pid, self._reaper._pool, release=_refused(pid, error))
         )
 
     def _flush(self) -> None:
-        jobs, self._jobs = self._jobs, []
-        if jobs:
-            self._reaper._submit(jobs)
-            self._sent = True
+        ready, self._ready = self._ready, []
+        if not ready:
+            return
+        try:
+            self._reaper._submit([job for each in ready if (job := each._job)])
+        except ValueError as error:  # closed by another thread meanwhile
+            if not self._sent:
+                raise
+            for reaping in ready:
+                reaping._refuse(error)
+        self._sent = True
 
 
 def _check(process: Victim | HasPid | SupportsIndex) -> int:
@@ -539,15 +616,41 @@ def _check(process: Victim | HasPid | SupportsIndex) -> int:
         return int(process.pid)  # type: ignore[union-attr, arg-type]
 
 
-def _may_be_kernel_thread(pid: int) -> bool:
-    """Tell whether it is worth a look at /proc, which takes 20 times as long.
+def _refuse_kernel_thread(pidfd: _mrelease.Pidfd, pid: int) -> None:
+    """Raise ValueError if it is one.
 
-    Kernel threads are in process group 0.
+    They are in process group 0; a look at /proc takes 20 times as long.
     """
     try:
-        return os.getpgid(pid) == 0
+        if os.getpgid(pid) != 0:
+            return
     except OSError:
-        return True
+        pass
+    start_of(pidfd, pid)  # raises if it is one
+
+
+def _spare_files() -> list[_mrelease.Pidfd]:
+    """Open what a look at the rest takes when all others are in use."""
+    found: list[_mrelease.Pidfd] = []
+    while len(found) < 3:
+        try:
+            found.append(_mrelease.pidfd_open(os.getpid()))
+        except OSError:
+            break
+    return found
+
+
+def _look_at(processes: list[Victim | HasPid | SupportsIndex]) -> None:
+    """Raise for what must not be killed, before anything was signalled."""
+    for process in processes:
+        if isinstance(process, Victim):
+            continue
+        try:
+            pidfd, pid = pin(process)
+            _refuse_kernel_thread(pidfd, pid)
+            pidfd.close()
+        except OSError:
+            pass  # told when its turn comes
 
 
 def _pin(

@@ -73,7 +73,8 @@ class Release(Value):
                succeeded, when the victim was seen to have ended: seconds since
                the call began, or None if it did not happen within the call
     errno      of the last process_mrelease(2), or of SIGKILL if that was
-               refused after SIGTERM; None if it succeeded or was not called
+               refused after SIGTERM, or of what DENIED it; None if it
+               succeeded or was not called
     attempts   how often process_mrelease(2) was called
     locks      'free': no robust lock was held; 'held'; 'unknown': the caller
                may not look into the victim, or had no file descriptor left to

@@ -9,13 +9,13 @@ belong is left alone.
 from __future__ import annotations
 
 import os
-from errno import EMFILE, ENOENT, EPERM, ESRCH
+from errno import EMFILE, ENFILE, ENOENT, ENOMEM, EPERM, ESRCH
 from time import CLOCK_BOOTTIME, clock_gettime, monotonic, sleep
 
 from mrelease import _mrelease
-from mrelease.process import no_file_left, read_proc, shown
+from mrelease.process import no_file_left, read_fields, read_proc, shown
 from mrelease.protocol import Terms, bounded, may_signal
-from mrelease.reaper import Reaper, check_reaper
+from mrelease.reaper import Reaper, check_reaper, kill_here
 from mrelease.release import Outcome, Release
 from mrelease.victim import Victim
 
@@ -40,6 +40,10 @@ _MORE = 0.1
 """How much longer to look for the children of what did not stop."""
 _WATCH = 0.02
 """How often to look for new processes during a grace, in seconds."""
+_FILES = 8
+"""File descriptors kept for what is looked at after a signal."""
+_SHORT = (EMFILE, ENFILE, ENOMEM)
+"""What says nothing of the process that was asked for."""
 
 
 # ------------------------------------------------------------------ /proc
@@ -60,13 +64,33 @@ class _Stat:
 
 
 def _stat_of(pid: int) -> _Stat | None:
-    """Give None for a process that is gone or hidden."""
+    """Give None for a process that is gone or hidden.
+
+    Like all of these, raises OSError for want of a file descriptor.
+    """
+    if _mrelease.is_in_exec(pid):
+        return _stat_in_exec(pid)
     try:
         text = read_proc(f"/proc/{pid}/stat")
-    except OSError:
+    except OSError as error:
+        if error.errno in _SHORT:
+            raise
         return None
     # The folder of another process may be mounted there.
     return _Stat(text) if text.startswith(b"%d " % pid) else None
+
+
+def _stat_in_exec(pid: int) -> _Stat | None:
+    """Give what its status tells: who reads its stat may wait for ever."""
+    try:
+        status = read_fields(f"/proc/{pid}/status")
+        state, parent = status["State"][:1], int(status["PPid"])
+        group = os.getpgid(pid)
+    except (OSError, KeyError):
+        return None
+    # When it began is not told: not before anything else.
+    rest = "0 " * 16 + str(2**63)
+    return _Stat(f"() {state} {parent} {group} {rest}".encode())
 
 
 def _all_pids() -> list[int]:
@@ -76,7 +100,9 @@ def _all_pids() -> list[int]:
 def _tasks(pid: int) -> list[str]:
     try:
         return os.listdir(f"/proc/{pid}/task")
-    except OSError:
+    except OSError as error:
+        if error.errno in _SHORT:
+            raise
         return []
 
 
@@ -88,7 +114,9 @@ def _children_of(pid: int) -> list[int]:
     for tid in _tasks(pid):
         try:
             text = read_proc(f"/proc/{pid}/task/{tid}/children")
-        except OSError:
+        except OSError as error:
+            if error.errno in _SHORT:
+                raise
             continue
         found += map(int, text.split())
     return found
@@ -104,11 +132,19 @@ def _children_by_scan(pid: int) -> list[int]:
 
 def _stands(victim: Victim) -> bool:
     """Whether no thread of it can fork now: all are stopped or have ended."""
+    if _mrelease.is_in_exec(victim.pid):
+        return True  # when it is through, it stops
     states: set[bytes] = set()
-    for tid in _tasks(victim.pid):
+    try:
+        tids = _tasks(victim.pid)
+    except OSError:
+        return _ended(victim)
+    for tid in tids:
         try:
             text = read_proc(f"/proc/{victim.pid}/task/{tid}/stat")
-        except OSError:
+        except OSError as error:
+            if error.errno in _SHORT:
+                return _ended(victim)
             continue
         states.add(_Stat(text).state)
     return not states - {b"T", b"t", b"Z", b"X"} or _ended(victim)
@@ -163,6 +199,33 @@ class _Patience:
 # -------------------------------------------------------------- selections
 
 
+class _Files:
+    """Some that are taken in advance, and are free while a block runs."""
+
+    __slots__ = ("_taken",)
+
+    def __init__(self) -> None:
+        self._taken: list[_mrelease.Pidfd] = []
+
+    def take(self) -> None:
+        """Take them, or as many as there are."""
+        try:
+            while len(self._taken) < _FILES:
+                self._taken.append(_mrelease.pidfd_open(os.getpid()))
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Give them back."""
+        self._taken.clear()
+
+    def __enter__(self) -> None:
+        self.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.take()
+
+
 class Selection:
     """Processes that belong together; each is pinned."""
 
@@ -170,6 +233,9 @@ class Selection:
         self.victims: list[Victim] = []
         self.lost: dict[int, Release] = {}
         """Found, but not to be pinned: no file descriptor was left."""
+        self.unseen: dict[int, Release] = {}
+        """Those whose children could not be looked for, likewise."""
+        self.files = _Files()
         self.signalled = False
         # Some must be left to read /proc by, else nothing is seen at all.
         self._most_files: int = os.sysconf("SC_OPEN_MAX") - 16
@@ -226,9 +292,16 @@ class Selection:
             if isinstance(error, OSError):
                 self.lose(pid, error)
             return None
-        # The last is asked last: only then was all read of this process.
-        if belongs(victim) and not _reaped(victim):
-            return self.add(victim)
+        try:
+            # The last is asked last: only then was all read of this process.
+            if belongs(victim) and not _reaped(victim):
+                return self.add(victim)
+        except OSError as error:
+            victim.close()
+            if not self.signalled:
+                raise
+            self.lose(pid, error)
+            return None
         victim.close()
         return None
 
@@ -238,6 +311,7 @@ class Selection:
 
     def close(self) -> None:
         """Let go of all pidfds."""
+        self.files.close()
         for victim in self.victims:
             victim.close()
 
@@ -279,7 +353,12 @@ class _Tree(Selection):
 
     def _is_old(self, victim: Victim) -> bool:
         """Whether it was there at the call; a tree may grow for ever."""
-        stat = _stat_of(victim.pid)
+        try:
+            stat = _stat_of(victim.pid)
+        except OSError:
+            if not self.signalled:
+                raise
+            return False
         return stat is not None and stat.started <= self._begun
 
     def look_at(self, parent: Victim) -> list[Victim]:
@@ -298,7 +377,16 @@ class _Tree(Selection):
 
         if _reaped(parent):
             return []
-        pids = _children_of(parent.pid)
+        try:
+            pids = _children_of(parent.pid)
+        except OSError as error:
+            if not self.signalled:
+                raise
+            self.unseen[parent.pid] = Release(
+                parent.pid, Outcome.DENIED, errno=error.errno
+            )
+            return []
+        self.unseen.pop(parent.pid, None)
         if _reaped(parent):
             return []  # the list may be that of another process
         found: list[Victim] = []
@@ -322,9 +410,13 @@ class _Tree(Selection):
         return found
 
     def _stop(self, victim: Victim) -> None:
-        stat = _stat_of(victim.pid)
-        if stat is None or stat.state in (b"T", b"t"):
-            return  # somebody else stopped it: not ours to continue
+        try:
+            stat = _stat_of(victim.pid)
+        except OSError:
+            pass  # to continue it is better than to miss what it forks
+        else:
+            if stat is None or stat.state in (b"T", b"t"):
+                return  # somebody else stopped it: not ours to continue
         self._held.append(victim)  # first: an interrupt may come between
         try:
             _mrelease.pidfd_signal(victim, self._stop_signal)
@@ -431,6 +523,8 @@ class _Group(Selection):
 
         super().__init__()
         self._kill_signal: int = SIGKILL
+        self._missed = False
+        """A look was not whole, for want of file descriptors."""
         self.pgid = pgid
 
     def look(self) -> list[Victim]:
@@ -445,18 +539,25 @@ class _Group(Selection):
             return not before or not all(map(_reaped, before))
 
         found: list[Victim] = []
-        for pid in _all_pids():
-            stat = _stat_of(pid)
-            if stat is None or stat.group != self.pgid:
-                continue
-            victim = self.pin(pid, belongs)
-            if victim is not None:
-                found.append(victim)
+        self._missed = False
+        try:
+            for pid in _all_pids():
+                stat = _stat_of(pid)
+                if stat is None or stat.group != self.pgid:
+                    continue
+                victim = self.pin(pid, belongs)
+                if victim is not None:
+                    found.append(victim)
+        except OSError:
+            if not self.signalled:
+                raise
+            self._missed = True
         return found
 
     def look_again(self) -> list[Victim]:
         found = self.look()
-        if not all(map(_ended, found)) and os.getpgrp() != self.pgid:
+        late = self._missed or not all(map(_ended, found))
+        if late and os.getpgrp() != self.pgid:
             # They may fork faster than they can be found.  The kernel signals
             # a group at once, those that are being forked as well.
             self._kill_whole()
@@ -504,24 +605,31 @@ class _Killing:
         self._timeout = timeout
         self._locks: _Locks = locks
         self._reapings: dict[Victim, Reaping] = {}
+        self._killed_here: dict[Victim, Release] = {}
 
     def _submit(
         self, victims: list[Victim], grace: float, timeout: float
     ) -> None:
         """Hand those to the reaper that it does not have yet."""
-        rest = [v for v in victims if v not in self._reapings]
+        rest = [
+            v
+            for v in victims
+            if v not in self._reapings and v not in self._killed_here
+        ]
         if not rest:
             return
+        before = self._selection.signalled
         self._selection.signalled = True
         try:
             reapings = self._reaper.kill_many(
                 rest, grace=grace, timeout=timeout, locks=self._locks
             )
-        except OSError as error:
-            if not self._reapings:
-                raise  # nothing was killed
-            for victim in rest:
-                self._selection.lose(victim.pid, error)
+        except (OSError, ValueError):
+            # No file descriptor is left for it, or it was closed meanwhile.
+            if not before:
+                raise
+            killed = kill_here(rest, timeout, self._locks)
+            self._killed_here.update(zip(rest, killed, strict=True))
             return
         self._reapings.update(zip(rest, reapings, strict=True))
 
@@ -538,13 +646,15 @@ class _Killing:
                 return
             sleep(min(pause, left - _PATIENCE))
             begun = monotonic()
-            selection.look()
+            with selection.files:
+                selection.look()
             # A grace may be long: a tenth of a CPU at most.
             pause = max(_WATCH, 10 * (monotonic() - begun))
 
     def run(self) -> list[Release]:
         selection = self._selection
         begun = self._begun
+        selection.files.take()
         try:
             if self._grace:
                 self._submit(selection.victims, self._grace, self._timeout)
@@ -555,30 +665,40 @@ class _Killing:
                 for victim in selection.unheld():
                     selection.look_at(victim)
                     self._kill([victim], deadline)
-                    selection.look_at(victim)
-            selection.hold(
-                [v for v in selection.victims if not _ended(v)],
-                begun + self._timeout / 2,
-            )
+                    with selection.files:
+                        selection.look_at(victim)
+            with selection.files:
+                selection.hold(
+                    [v for v in selection.victims if not _ended(v)],
+                    begun + self._timeout / 2,
+                )
             if not all(map(_ended, selection.victims)):
                 # In a grace, not before the reaper kills those that it has:
                 # they would see the others die.
                 sleep(max(0.0, begun - monotonic()))
             self._kill(selection.victims, deadline)
-            while found := selection.look_again():
-                selection.hold(found, deadline)
+            while found := self._look_again():
+                with selection.files:
+                    selection.hold(found, deadline)
                 self._kill(selection.victims, deadline)
                 if monotonic() > deadline:
                     break
-            releases = [
-                self._reapings[victim].result()
-                for victim in selection.victims
-                if victim in self._reapings
-            ]
+            releases = [self._result(victim) for victim in selection.victims]
         finally:
             # A process that was stopped must not stay so, whatever happened.
             selection.let_go()
-        return releases + list(selection.lost.values())
+        lost = [*selection.lost.values(), *selection.unseen.values()]
+        return [each for each in releases if each is not None] + lost
+
+    def _look_again(self) -> list[Victim]:
+        with self._selection.files:
+            return self._selection.look_again()
+
+    def _result(self, victim: Victim) -> Release | None:
+        reaping = self._reapings.get(victim)
+        if reaping is None:
+            return self._killed_here.get(victim)
+        return reaping.result()
 
     def _kill(self, victims: list[Victim], deadline: float) -> None:
         self._submit(victims, 0.0, max(0.0, deadline - monotonic()))
@@ -642,7 +762,9 @@ def kill_tree(
     all that are there; the times in each Release count from when it was handed
     to the reaper.  DENIED: a process of another user (its own children are
     killed all the same, if permitted), or one for which no file descriptor was
-    left (errno EMFILE).
+    left (errno EMFILE), or none to look for its children, at the end of the
+    list then.  If the reaper is closed meanwhile, the rest is killed in the
+    caller's thread.
 
     Raises, before anything was signalled: what kill() does, for the root;
     ValueError if the caller is in the tree; OSError if /proc cannot be read or
@@ -672,7 +794,11 @@ def find_tree(
     _need_proc("the children of a process")
     limit = monotonic() + seconds
     root = Victim(process)
-    tree = _Tree(root)
+    try:
+        tree = _Tree(root)
+    except BaseException:
+        root.close()
+        raise
     try:
         _refuse_ancestor(root)
         may_signal(root.fileno(), root.pid)
@@ -700,6 +826,7 @@ def kill_group(
 
     With a grace, in seconds, all get SIGTERM first.  What is started during
     the grace gets no SIGTERM, since it may be what cleans up; SIGKILL it gets.
+    If the reaper is closed meanwhile, it gets it in the caller's thread.
 
     The call takes at most grace + timeout, about; the times in each Release
     count from when it was handed to the reaper.  DENIED: a process of another
