@@ -81,7 +81,9 @@ class Guard:
 
 def mounted(controller: str) -> Path | None:
     """Where a version 1 controller, or "cgroup2", is mounted."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    # A mount point may have any name, but for a newline in it.
+    text = Path("/proc/self/mountinfo").read_bytes()
+    for line in os.fsdecode(text.rstrip(b"\n")).split("\n"):
         left, _, right = line.partition(" - ")
         kind, _, options = right.split(" ", 2)
         if kind == controller == "cgroup2" or (

@@ -366,16 +366,20 @@ def _read(path: str) -> str:
         return file.read()
 
 
+def _lines(path: str) -> list[str]:
+    """Read them; names in them may hold all but a newline."""
+    with open(path, errors="surrogateescape", newline="\n") as file:
+        return [line.rstrip("\n") for line in file]
+
+
 def _own_groups() -> Iterator[tuple[int, list[str]]]:
     """Give (version, folders) of the memory cgroups of this process.
 
     The folders go from its own group up to the one that is mounted.
     """
     try:
-        with open("/proc/self/cgroup", errors="surrogateescape") as file:
-            lines = [line.rstrip("\n").split(":", 2) for line in file]
-        with open("/proc/self/mountinfo", errors="surrogateescape") as file:
-            mounts = [line.rstrip("\n").split(" ") for line in file]
+        lines = [line.split(":", 2) for line in _lines("/proc/self/cgroup")]
+        mounts = [line.split(" ") for line in _lines("/proc/self/mountinfo")]
     except OSError:
         return
     for number, controllers, own in lines:

@@ -378,7 +378,10 @@ def _proc(status: _Status) -> Feature:
 def _mounts() -> list[list[str]]:
     try:
         with open(
-            "/proc/self/mounts", encoding="utf-8", errors="surrogateescape"
+            "/proc/self/mounts",
+            encoding="utf-8",
+            errors="surrogateescape",
+            newline="\n",  # a name may hold all others
         ) as file:
             return [line.split(" ") for line in file]
     except OSError:
