@@ -773,3 +773,56 @@ def test_a_file_that_was_there_stays_if_the_new_one_fails(
         bench._write(str(path), fail)
     assert path.read_text() == "kept"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("kind", ["pipe", "link", "dangling", "stdout"])
+def test_what_is_no_file_is_written_into_and_stays(
+    kind: str, tmp_path: Path
+) -> None:
+    """Not even root's /dev/null is replaced by a file."""
+    path = tmp_path / "out"
+    target = tmp_path / "target"
+    few = ["--kinds", "asleep", "--methods", "sigkill,kill", *FEW]
+    if kind == "pipe":
+        os.mkfifo(path)
+        with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as cat:
+            code, _, _ = run(*few, "--json", str(path))
+            text, _ = cat.communicate(timeout=60)
+        assert path.is_fifo()
+    elif kind == "stdout":
+        with target.open("w") as out:
+            code = subprocess.run(
+                [*BENCH, *few, "--json", "/dev/stdout"], stdout=out, text=True
+            ).returncode
+        table, brace, rest = target.read_text().partition("\n{\n")
+        assert "Until the memory is back" in table
+        text = (brace + rest).encode()
+    else:
+        if kind == "link":
+            target.write_text("before")
+        path.symlink_to("target")
+        code, _, _ = run(*few, "--json", str(path))
+        assert path.is_symlink()
+        text = target.read_bytes()
+    assert code == 0
+    assert json.loads(text)["cells"]
+
+
+@pytest.mark.any_kernel
+def test_a_name_that_is_too_long_is_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    code, out, err = run("--json", str(tmp_path / ("x" * 300)))
+    assert (code, out) == (2, "")
+    assert "cannot be written: File name too long" in err
+    assert "nothing was started" in err
+
+
+def test_it_measures_without_stdout_and_stderr() -> None:
+    few = ["--kinds", "asleep", "--methods", "kill", *FEW]
+    done = subprocess.run(
+        ["/bin/sh", "-c", '"$@" >&- 2>&-', "sh", *BENCH, *few],
+        stdin=subprocess.DEVNULL, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from errno import EACCES, ENOSYS
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,10 @@ import families
 import victims
 from cgroups import Meter
 from families import Family
-from kernel_errors import ALLOW, Call, Do, answered
-from mrelease import Outcome, Release, cli
+from kernel_errors import ALLOW, Call, Do, answered, in_child
+from mrelease import Outcome, Release, cli, holds, support
+from mrelease.meter import room
+from test_limits import own_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -771,7 +774,7 @@ def test_trees_in_json_are_a_document_a_victim() -> None:
     *told, last = map(json.loads, done.stdout.splitlines())
     assert {each["pid"] for each in told} == pids
     assert list(told[0]) == list(Release(1, Outcome.GONE).as_dict())
-    assert (last["tree"], last["outcome"]) == (str(gone), "gone")
+    assert (last["tree"], last["outcome"]) == (gone, "gone")
     assert last["errno"] == "ESRCH"
 
 
@@ -1150,3 +1153,117 @@ def test_head_reads_one_line_and_all_are_killed() -> None:
         assert b.ended()
     assert done.returncode == 0, done
     assert len(done.stdout.splitlines()) == 1
+
+
+# ------------------------------------------------------ odd outputs
+
+
+@contextlib.contextmanager
+def full_pipe() -> Iterator[tuple[int, int]]:
+    """A pipe that nobody reads, and that is full: (read end, write end)."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 4096)
+    os.set_blocking(write, True)
+    try:
+        yield read, write
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("kind", ["pid", "tree"])
+def test_who_does_not_read_does_not_keep_it_from_its_end(kind: str) -> None:
+    options = ["--tree"] if kind == "tree" else []
+    with (
+        full_pipe() as (_, write),
+        victims.asleep(0) as one,
+        victims.asleep(0) as two,
+        subprocess.Popen(
+            [*COMMAND, "kill", *options, str(one.pid), str(two.pid)],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as command,
+    ):
+        assert one.ended(10)  # it is about to tell so
+        victims.wait_until(
+            lambda: victims.status_of(command.pid)["State"][0] == "S",
+            "it waits",
+        )
+        time.sleep(0.5)
+        command.send_signal(signal.SIGTERM)
+        _, errors = command.communicate(timeout=30)
+        assert command.returncode == 128 + signal.SIGTERM
+        if kind == "tree":
+            assert f"tree {two.pid} was left alone" in errors
+            assert not two.ended(0)
+        else:
+            assert two.ended()
+
+
+@pytest.mark.any_kernel
+def test_without_stderr_errors_do_not_go_to_stdout() -> None:
+    gone = str(victims.reaped_pid())
+    done = subprocess.run(
+        ["/bin/sh", "-c", '"$@" 2>&-', "sh", *COMMAND, "kill", gone],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (3, "")
+
+
+@pytest.mark.any_kernel
+def test_support_that_cannot_be_told_is_not_an_answer() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "support"], stdout=full, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+    assert done.returncode == 74
+    assert done.stderr.startswith("mrelease: what was found cannot be told: ")
+    closed = subprocess.run(
+        ["/bin/sh", "-c", '"$@" >&-', "sh", *COMMAND, "support"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert closed.returncode in (0, 1)
+    assert closed.stderr == ""
+
+
+def test_a_tree_in_another_one_is_told_once() -> None:
+    with Family(TREE) as family:
+        pids = family.wait_for(4)
+        inner = max(pids - {family.pid})
+        done = mrelease("kill", "--tree", family.pid, inner)
+        assert family.left() == set()
+    assert (done.returncode, done.stderr) == (0, "")
+    told = sorted(int(line.split()[1]) for line in done.stdout.splitlines())
+    assert told == sorted(pids)
+
+
+@pytest.mark.any_kernel
+def test_a_refusal_says_once_that_nothing_was_signalled() -> None:
+    done = mrelease("kill", "--cgroup", "/")
+    assert done.returncode == 2
+    assert done.stderr.count("nothing was signalled") == 1
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("name", ["a\rb", "a\udcffb", "a\x85b", "a - b"])
+def test_mounts_may_have_any_name(name: str, tmp_path: Path) -> None:
+    """They are in what is read of control groups and of memory."""
+
+    def show() -> tuple[bool, object]:
+        own_mounts()
+        folder = tmp_path / name
+        folder.mkdir()
+        for each in ("cgroup2", "cgroup"):
+            subprocess.run(["umount", "-a", "-l", "-t", each], check=False)
+        subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=True)
+        found = support()
+        return found.cgroup.works is None, (holds.mounted("cpu"), room() > 0)
+
+    _, found = in_child(show)
+    assert found == (None, True)

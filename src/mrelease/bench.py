@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -33,7 +34,7 @@ from mrelease.support import support
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from typing import Any
+    from typing import Any, TextIO
 
 _MIB = 1 << 20
 _LATE = ("exited", "exiting")
@@ -490,12 +491,16 @@ def _rich() -> Any:  # noqa: ANN401 - a module that need not be there
     return rich
 
 
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
 def _say(*lines: str) -> None:
     print(*lines, sep="\n", flush=True)
 
 
 def _print_table(title: str, rows: list[list[str]]) -> None:
-    rich = _rich() if sys.stdout.isatty() else None
+    rich = _rich() if _is_terminal(sys.stdout) else None
     if rich is not None:
         made = rich.table.Table(title=title, title_justify="left")
         for at, name in enumerate(rows[0]):
@@ -537,7 +542,7 @@ class _Progress:
     """Progress with the time left, on stderr if that is a terminal."""
 
     def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
+        self._shown = _is_terminal(sys.stderr)
         self._bar: Any = None
         rich = _rich() if self._shown else None
         if rich is not None:
@@ -570,16 +575,56 @@ class _Progress:
             print(f"\r{'':40}\r", end="", file=sys.stderr, flush=True)
 
 
+def _is_file(path: str) -> bool:
+    """Whether it can be replaced: not a device, a pipe, or our own output."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return True
+    own = [os.fstat(fd) for fd in (1, 2) if _is_open(fd)]
+    return stat.S_ISREG(found.st_mode) and not any(
+        os.path.samestat(found, each) for each in own
+    )
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _new_part(path: str) -> tuple[int, str]:
+    """Open a file in the folder of another one."""
+    return tempfile.mkstemp(prefix=".mrelease-", dir=os.path.dirname(path))
+
+
 def _check_output(path: str) -> None:
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{path} cannot be written")
+    """Raise ValueError if it cannot be written."""
+    try:
+        if _is_file(path):
+            fd, part = _new_part(os.path.realpath(path))
+            os.close(fd)
+            os.unlink(part)
+        elif os.path.isdir(path) or not os.access(path, os.W_OK):
+            raise ValueError(f"{path} cannot be written")
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: {error.strerror}"
+        ) from None
 
 
 def _write(path: str, write: Callable[[str], None]) -> None:
-    """Write a file whole, or leave what is there."""
-    folder, name = os.path.split(path)
-    fd, part = tempfile.mkstemp(suffix=f"-{name}", dir=folder or ".")
+    """Write a file whole, or leave what is there.
+
+    A device or a pipe is written into, and stays what it is.
+    """
+    if not _is_file(path):
+        write(path)
+        return
+    path = os.path.realpath(path)
+    fd, part = _new_part(path)
     try:
         mask = os.umask(0)
         os.umask(mask)
@@ -646,6 +691,6 @@ def bench(
 
 
 def _dump(report: dict[str, object], path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8") as file:
         json.dump(report, file, indent=1)
         file.write("\n")

@@ -10,11 +10,13 @@
 
 and with 128 plus its number when a signal interrupted it (130: Ctrl-C).
 With --dry-run nothing is sent, and 1 means that a kill would not release.
+Where its lines cannot be written it kills all the same, and says nothing.
 
 `mrelease support` exits with 0 if a kill can be followed by a release, with 1
 if not or if that is not known.  `mrelease demo` exits with 0 if the memory was
 back, with 1 if not or if it cannot be shown; `mrelease bench` with 0 if it was
-measured, with 1 if it cannot be.
+measured, with 1 if it cannot be.  All three exit with 74 where what they found
+cannot be written.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import signal
 import sys
 from errno import EPERM, ESRCH, errorcode
@@ -111,9 +114,24 @@ def _silence(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-def _tell(text: str, stream: TextIO) -> None:
-    """Print a line.  That nobody can read it must not stop a kill."""
+def _is_read(stream: TextIO) -> bool:
+    """Wait a moment until somebody reads what is written, if it is a pipe."""
     try:
+        return bool(select.select([], [stream], [], 1.0)[1])
+    except (OSError, ValueError):
+        return True
+
+
+def _tell(text: str, stream: TextIO | None, *, hurried: bool = False) -> None:
+    """Print a line.  That nobody can read it must not stop a kill.
+
+    Hurried: nor must one who does not read, who is waited for otherwise.
+    """
+    if stream is None:
+        return  # it was closed before this began
+    try:
+        if hurried and not _is_read(stream):
+            raise TimeoutError
         try:
             print(text, file=stream, flush=True)
         except UnicodeEncodeError:  # nothing was written
@@ -140,16 +158,16 @@ class _Told:
         self.document = document
         self.error = error
 
-    def tell(self, *, as_json: bool) -> int:
+    def tell(self, *, as_json: bool, hurried: bool = False) -> int:
         """Print it; give the exit code."""
+        text, stream = self.line, sys.stdout
         if as_json:
             import json
 
-            _tell(json.dumps(self.document), sys.stdout)
+            text = json.dumps(self.document)
         elif self.error:
-            _tell(f"mrelease: {self.line}", sys.stderr)
-        else:
-            _tell(self.line, sys.stdout)
+            text, stream = f"mrelease: {self.line}", sys.stderr
+        _tell(text, stream, hurried=hurried)
         return self.code
 
 
@@ -189,7 +207,7 @@ def _told_of_cgroup(result: CgroupRelease) -> _Told:
     return _Told(code, str(result), result.as_dict())
 
 
-def _told_of_trouble(kind: str, target: str, error: OSError) -> _Told:
+def _told_of_trouble(kind: str, target: int | str, error: OSError) -> _Told:
     """Say why nothing was signalled of a tree or a group."""
     gone = isinstance(error, (ProcessLookupError, FileNotFoundError))
     line = error.strerror or str(error)
@@ -273,7 +291,8 @@ def _kill(args: argparse.Namespace) -> int:
         _allow_files(_MANY)
         return _kill_each(args, numbers)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"{error}; nothing was signalled")
+        text = str(error).removesuffix("; nothing was signalled")
+        parser.error(f"{text}; nothing was signalled")
 
 
 def _reaper(stack: contextlib.ExitStack) -> WatchedReaper | None:
@@ -354,7 +373,7 @@ def _kill_pinned(
             else:
                 told = _told_of_stop(victim, reapings.get(victim), args.locks)
             with progress.aside():
-                told.tell(as_json=args.json)
+                told.tell(as_json=args.json, hurried=True)
         return stop.code
     return worst
 
@@ -436,34 +455,66 @@ def _kill_each(args: argparse.Namespace, targets: Sequence[int | str]) -> int:
         reaper = _reaper(stack)
         with not_now():
             progress = stack.enter_context(_progress(args, reaper))
+        killed: set[object] = set()
         for turn, (target, victims) in enumerate(ready):
+            if _had_its_turn(args, victims, killed):
+                continue
+            told: list[_Told] | None = None
             try:
-                if isinstance(victims, OSError):
-                    raise victims
                 told = _kill_one(args, target, victims, opened, reaper)
-            except OSError as error:
-                told = [_told_of_trouble(args.kind, str(target), error)]
-            except ValueError as error:
-                # It was good before: somebody changed it since.  That must
-                # not stop the others.
-                told = [
-                    _told_of_trouble(
-                        args.kind, str(target), OSError(EPERM, str(error))
-                    )
-                ]
+                killed.update(each.document.get("pid") for each in told)
+                while told:
+                    with progress.aside():
+                        worst = max(worst, told[0].tell(as_json=args.json))
+                    del told[0]
             except Stopped as stop:
                 if reaper is not None:
                     reaper.close(0)  # cuts the graces short
                 with progress.aside():
-                    _tell_of_stop(args, ready[turn:])
+                    for each in told or ():
+                        each.tell(as_json=args.json, hurried=True)
+                    if told is not None:
+                        turn += 1  # noqa: PLW2901 - its turn is over
+                    _tell_of_stop(args, ready[turn:], begun=told is None)
                 return stop.code
-            with progress.aside():
-                codes = [each.tell(as_json=args.json) for each in told]
-            worst = max(worst, *codes)
     return worst
 
 
+def _had_its_turn(
+    args: argparse.Namespace,
+    found: list[Victim] | OSError,
+    killed: set[object],
+) -> bool:
+    """Whether it is a tree in another one, and was killed and told with it."""
+    return (
+        args.kind == "tree"
+        and not isinstance(found, OSError)
+        and found[0].pid in killed
+        and found[0].exited
+    )
+
+
 def _kill_one(
+    args: argparse.Namespace,
+    target: int | str,
+    victims: list[Victim] | OSError,
+    opened: dict[str, Cgroup],
+    reaper: WatchedReaper | None,
+) -> list[_Told]:
+    try:
+        if isinstance(victims, OSError):
+            raise victims
+        return _kill_found(args, target, victims, opened, reaper)
+    except OSError as error:
+        return [_told_of_trouble(args.kind, target, error)]
+    except ValueError as error:
+        # It was good before: somebody changed it since.  That must not stop
+        # the others.
+        changed = OSError(EPERM, str(error))
+        return [_told_of_trouble(args.kind, target, changed)]
+
+
+def _kill_found(
     args: argparse.Namespace,
     target: int | str,
     victims: list[Victim],
@@ -521,22 +572,24 @@ def _count_ended(victims: list[Victim], seconds: float = 0.5) -> int:
 def _tell_of_stop(
     args: argparse.Namespace,
     left: list[tuple[int | str, list[Victim] | OSError]],
+    *,
+    begun: bool,
 ) -> None:
     """Say what a signal to this command meant for trees and groups."""
     for turn, (target, found) in enumerate(left):
         name = f"{args.kind} {printable(str(target))}"
         if isinstance(found, OSError):
-            told = _told_of_trouble(args.kind, str(target), found)
+            told = _told_of_trouble(args.kind, target, found)
         else:
             line = f"{name} was left alone: interrupted before its turn"
-            if turn == 0:
+            if turn == 0 and begun:
                 line = (
                     f"{name} interrupted: {_count_ended(found)} of the "
                     f"{len(found)} processes that were found have ended"
                 )
             document: dict[str, object] = {args.kind: target, "error": line}
             told = _Told(0, line, document, error=True)
-        told.tell(as_json=args.json)
+        told.tell(as_json=args.json, hurried=True)
 
 
 def _dry_run_each(
@@ -546,7 +599,7 @@ def _dry_run_each(
     worst = 0
     for target, found in ready:
         if isinstance(found, OSError):
-            told = _told_of_trouble(args.kind, str(target), found)
+            told = _told_of_trouble(args.kind, target, found)
             told.document["dry_run"] = True
             worst = max(worst, told.tell(as_json=args.json))
         else:
@@ -639,10 +692,9 @@ def _support(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        print(json.dumps(found.as_dict(), indent=2))
+        print(json.dumps(found.as_dict(), indent=2), flush=True)
     else:
-        print(found)
-    sys.stdout.flush()
+        print(found, flush=True)
     return 0 if found else 1
 
 
@@ -869,6 +921,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(args: argparse.Namespace) -> int:
+    try:
+        code: int = args.run(args)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if args.run is _kill:
+            raise
+        _silence(sys.stdout)
+        _tell(f"mrelease: what was found cannot be told: {error}", sys.stderr)
+        return 74  # EX_IOERR of sysexits.h
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code.
 
@@ -877,8 +943,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stoppable():
             args = _parser().parse_args(argv)
-            code: int = args.run(args)
-            return code
+            return _run(args)
     except Stopped as stop:
         return stop.code
     except BrokenPipeError:
