@@ -30,7 +30,11 @@ TESTS_ASAN := $(filter-out %/test_soak.py,$(TESTS_THREADS)) tests/test_grace.py 
     tests/test_robust_locks.py tests/test_values.py tests/test_embedding.py
 # Of each other C file there is a test; of these three each branch.  But not how
 # few page faults there are: the counters are pages, too.
-TESTS_COVERAGE := $(addprefix tests/test_,faults.py hardening.py support.py) \
+TESTS_COVERAGE := $(addprefix tests/test_,faults.py hardening.py support.py \
+    attacks.py::test_a_victim_that_hangs_in_execve_does_not_hold_its_kill_up \
+    reaper.py::test_escalate_on_means_the_same_to_a_reaper_and_to_kill \
+    reaper_fork.py::test_a_child_with_the_pid_of_its_parent_is_known_for_a_child \
+    robust_locks.py::test_a_lock_taken_in_the_grace_is_seen) \
     --deselect \
     tests/test_hardening.py::test_after_the_warm_up_a_kill_has_nearly_no_page_faults
 TESTS_DEBUG := $(addprefix tests/test_,references.py values.py \

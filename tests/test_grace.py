@@ -768,7 +768,9 @@ def test_a_timeout_without_end_is_accepted(kill: Kill) -> None:
 def test_the_times_are_in_order_and_within_the_call(kill: Kill) -> None:
     for grace in (0.0, 0.02):
         with victims.held(16, shared_anon=2, sigterm="ignore") as victim:
-            letting_go = threading.Timer(0.1 * families.slowness(), victim.let_go)
+            letting_go = threading.Timer(
+                0.1 * families.slowness(), victim.let_go
+            )
             letting_go.start()
             begin = time.monotonic()
             release = kill(victim.pid, grace=grace, timeout=LONG)

@@ -376,6 +376,7 @@ def test_einval_for_a_dead_leader_with_live_threads(kill: Kill) -> None:
         assert victim.wait() == -signal.SIGKILL
 
 
+@pytest.mark.needs("release")
 def test_a_dead_leader_is_no_hindrance_once_the_threads_are_dying(
     kill: Kill,
 ) -> None:
@@ -476,6 +477,7 @@ def test_success_in_release_after_another_s_kill() -> None:
 
 
 @pytest.mark.needs("frozen")
+@pytest.mark.needs("release")
 def test_success_at_once_before_the_victim_has_run_at_all() -> None:
     """SIGKILL marks the whole process as dying when it is sent."""
     with victims.frozen(SIZE) as victim:

@@ -195,6 +195,7 @@ def test_the_waiter_hangs_if_locks_are_ignored(
 
 
 @pytest.mark.needs("frozen")
+@pytest.mark.needs("release")
 def test_the_waiter_of_a_frozen_holder_hangs_if_locks_are_ignored(
     tmp_path: Path,
     kill: Kill,
@@ -354,6 +355,7 @@ def test_a_pending_operation_counts_as_a_lock(
         assert victims.got(second) == "OK"
 
 
+@pytest.mark.needs("release")
 def test_the_next_waiter_hangs_if_a_pending_operation_is_ignored(
     tmp_path: Path,
     kill: Kill,
