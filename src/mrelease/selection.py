@@ -235,7 +235,7 @@ class Selection:
         """Found, but not to be pinned: no file descriptor was left."""
         self.unseen: dict[int, Release] = {}
         """Those whose children could not be looked for, likewise."""
-        self.files = _Files()
+        self.files: _Files = _Files()
         self.signalled = False
         # Some must be left to read /proc by, else nothing is seen at all.
         self._most_files: int = os.sysconf("SC_OPEN_MAX") - 16
