@@ -102,22 +102,29 @@ def page(kept: Reports) -> str:
 
 def machines(found: dict[str, Any]) -> list[str]:
     rows = found["rows"]
+    runs = list(dict.fromkeys((row["date"], row["pytest"]) for row in rows))
     lines = [
-        f"`make vm` on {found['date']}: the installed wheel, in machines",
-        "that are emulated, new each time.",
-        f"The arguments of pytest were `{found['pytest']}`.",
+        "`make vm`: the installed wheel, in machines that are emulated, new",
+        "each time. Of each machine, what its last run found:",
         "",
-        "| kernel | architecture | user | passed | failed | skipped |",
-        "| --- | --- | --- | --: | --: | --: |",
+        "| kernel | architecture | user | passed | failed | skipped | run |",
+        "| --- | --- | --- | --: | --: | --: | --: |",
     ]
     reasons: dict[str, int] = {}
     for row in rows:
+        run = runs.index((row["date"], row["pytest"])) + 1
         lines.append(
             f"| {row['kernel']} | {row['arch']} | {row['user']} "
-            f"| {row['passed']:,} | {row['failed']:,} | {row['skipped']:,} |"
+            f"| {row['passed']:,} | {row['failed']:,} | {row['skipped']:,} "
+            f"| {run} |"
         )
         for reason, count in row["reasons"].items():
             reasons[reason] = reasons.get(reason, 0) + count
+    lines += ["", "The runs, and what pytest was told:", ""]
+    lines += [
+        f"{number}. {date}: `{words}`"
+        for number, (date, words) in enumerate(runs, 1)
+    ]
     lines += ["", "Skipped, in all of these together, and why:", ""]
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         lines.append(f"- {count:,}: {re.sub('[|<>]', ' ', reason)}")
@@ -127,8 +134,13 @@ def machines(found: dict[str, Any]) -> list[str]:
 def newest(before: dict[str, Any], now: dict[str, Any]) -> list[Any]:
     """Rows of machines that were not booted this time stay."""
     rows = {
-        (*row["kernel"].split(".")[:2], row["arch"], row["user"]): row
-        for row in before.get("rows", []) + now["rows"]
+        (*row["kernel"].split(".")[:2], row["arch"], row["user"]): {
+            "date": run["date"],
+            "pytest": run["pytest"],
+            **row,
+        }
+        for run in (before, now)
+        for row in run.get("rows", [])
     }
     return list(rows.values())
 

@@ -58,9 +58,21 @@ def test_a_machine_that_was_booted_alone_replaces_its_own_row() -> None:
     def row(kernel: str, user: str, passed: int) -> dict[str, object]:
         return {"kernel": kernel, "arch": "x", "user": user, "passed": passed}
 
-    before = {"rows": [row("6.1.0-1", "root", 1), row("6.1.0-1", "nobody", 2)]}
-    now = {"rows": [row("6.1.0-2", "root", 3)]}
+    before = {
+        "date": "then",
+        "pytest": "some",
+        "rows": [row("6.1.0-1", "root", 1), row("6.1.0-1", "nobody", 2)],
+    }
+    now = {
+        "date": "now",
+        "pytest": "all",
+        "rows": [row("6.1.0-2", "root", 3)],
+    }
     assert promises.newest(before, now) == [
-        row("6.1.0-2", "root", 3),
-        row("6.1.0-1", "nobody", 2),
+        {"date": "now", "pytest": "all", **row("6.1.0-2", "root", 3)},
+        {"date": "then", "pytest": "some", **row("6.1.0-1", "nobody", 2)},
     ]
+    # What is kept knows of each row when it was found.
+    again = {"date": "later", "pytest": "few", "rows": []}
+    kept = {**now, "rows": promises.newest(before, now)}
+    assert promises.newest(kept, again) == promises.newest(before, now)
