@@ -78,7 +78,8 @@ With --dry-run, 1 means that it would be killed, but not released."""
 _SUPPORT_EPILOG = """\
 exit code:
   0  a kill can be followed by a release here
-  1  it cannot, or that is not known (see --probe)"""
+  1  it cannot, or that is not known (see --probe)
+  74  what was found cannot be written"""
 
 _DEMO_EPILOG = """\
 It takes some 5 to 20 seconds and up to 1 GiB, at most a quarter of what is
@@ -86,7 +87,8 @@ free.  Nothing that it starts outlives it.
 
 exit code:
   0  with mrelease the memory was back
-  1  it was not, or the demo cannot be shown here"""
+  1  it was not, or the demo cannot be shown here
+  74  what was found cannot be written"""
 
 
 _BENCH_EPILOG = """\
@@ -103,6 +105,7 @@ exit code:
   0  it was measured
   1  it cannot be measured here
   2  wrong usage; nothing was started
+  74  what was found cannot be written
   128 + N  interrupted by signal N"""
 
 
