@@ -227,6 +227,7 @@ def fetch(home: Path, suite: str, debian: str) -> None:
             (image,) = tree.rglob("vmlinuz*")
             shutil.copy(image, ready / "vmlinuz")
             unpack_modules(tree, ready)
+            (ready / "modules").write_text(" ".join(MODULES))
             final = home / version
             if final.exists():
                 shutil.rmtree(final)
@@ -235,12 +236,18 @@ def fetch(home: Path, suite: str, debian: str) -> None:
     fail(NO_KERNEL, f"no kernel of {suite} could be downloaded")
 
 
+def has_all(image: Path) -> bool:
+    """Whether its modules are those that are wanted today."""
+    list_of = image.parent / "modules"
+    return list_of.exists() and list_of.read_text() == " ".join(MODULES)
+
+
 def kernel_of(suite: str, arch: str, cache: Path, update: bool) -> Kernel:
     home = cache / (suite if arch == "x86_64" else f"{suite}-{arch}")
     home.mkdir(parents=True, exist_ok=True)
     with open(home / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if update or not list(home.glob("*/vmlinuz")):
+        if update or not any(map(has_all, home.glob("*/vmlinuz"))):
             try:
                 fetch(home, suite, MACHINES[arch].debian)
             except (subprocess.CalledProcessError, Unreachable) as error:
