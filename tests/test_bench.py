@@ -819,6 +819,7 @@ def test_a_name_that_is_too_long_is_refused_before_anything_starts(
     assert "nothing was started" in err
 
 
+@pytest.mark.needs("release")
 def test_it_measures_without_stdout_and_stderr() -> None:
     few = ["--kinds", "asleep", "--methods", "kill", *FEW]
     done = subprocess.run(
