@@ -686,13 +686,13 @@ reap(PyObject *module, PyObject *args)
     return NULL;
 }
 
+/* So often, at least, does a wait look at the caller's signals. */
+#define LOOK_AT_SIGNALS INT64_C(50000000)
+
 /* A job of a pool: the kill of one victim. */
 
 /* An eventfd that can be read once the job is done.  It is the job's. */
 PyDoc_STRVAR(job_fileno_doc, "fileno($self, /)\n--\n\n");
-
-/* So often, at least, does a wait look at the caller's signals. */
-#define LOOK_AT_SIGNALS INT64_C(50000000)
 
 static PyObject *
 job_fileno(PyObject *self, PyObject *Py_UNUSED(args))
