@@ -838,7 +838,7 @@ def test_no_exception_of_a_submit_leaves_anything_behind(
         check_untouched(victim)
 
 
-# ------------------------------------------------- found by a second reader
+# --------------------------------------- interrupts, copies, odd descriptors
 
 
 def test_an_interrupt_from_a_thread_ends_the_wait_for_a_result(
