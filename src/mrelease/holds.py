@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from mrelease.closing import Closing
+from mrelease.process import read_lines
 
 TYPE_CHECKING = False
 
@@ -81,9 +82,7 @@ class Guard:
 
 def mounted(controller: str) -> Path | None:
     """Where a version 1 controller, or "cgroup2", is mounted."""
-    # A mount point may have any name, but for a newline in it.
-    text = Path("/proc/self/mountinfo").read_bytes()
-    for line in os.fsdecode(text.rstrip(b"\n")).split("\n"):
+    for line in read_lines("/proc/self/mountinfo"):
         left, _, right = line.partition(" - ")
         kind, _, options = right.split(" ", 2)
         if kind == controller == "cgroup2" or (

@@ -24,6 +24,7 @@ import time
 from errno import ENOENT
 
 from mrelease.closing import Closing
+from mrelease.process import read_lines
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -366,20 +367,18 @@ def _read(path: str) -> str:
         return file.read()
 
 
-def _lines(path: str) -> list[str]:
-    """Read them; names in them may hold all but a newline."""
-    with open(path, errors="surrogateescape", newline="\n") as file:
-        return [line.rstrip("\n") for line in file]
-
-
 def _own_groups() -> Iterator[tuple[int, list[str]]]:
     """Give (version, folders) of the memory cgroups of this process.
 
     The folders go from its own group up to the one that is mounted.
     """
     try:
-        lines = [line.split(":", 2) for line in _lines("/proc/self/cgroup")]
-        mounts = [line.split(" ") for line in _lines("/proc/self/mountinfo")]
+        lines = [
+            line.split(":", 2) for line in read_lines("/proc/self/cgroup")
+        ]
+        mounts = [
+            line.split(" ") for line in read_lines("/proc/self/mountinfo")
+        ]
     except OSError:
         return
     for number, controllers, own in lines:

@@ -205,6 +205,29 @@ def read_proc(path: str) -> bytes:
         os.close(fd)
 
 
+def read_lines(path: str) -> list[str]:
+    """Read a file whose lines have names in them: of all but a newline.
+
+    Raises OSError.
+    """
+    with open(path, "rb") as file:
+        return os.fsdecode(file.read()).split("\n")[:-1]
+
+
+def take_files(count: int) -> list[_mrelease.Pidfd]:
+    """Open so many file descriptors, or as many as there are, for later.
+
+    They are free again when they are dropped.
+    """
+    found: list[_mrelease.Pidfd] = []
+    while len(found) < count:
+        try:
+            found.append(_mrelease.pidfd_open(os.getpid()))
+        except OSError:
+            break
+    return found
+
+
 def read_fields(path: str) -> dict[str, str]:
     """Read a file of /proc whose lines are a name, a colon, a tab, a value.
 

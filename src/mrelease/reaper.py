@@ -10,7 +10,7 @@ from time import monotonic, monotonic_ns, sleep
 
 from mrelease import _mrelease
 from mrelease.closing import Closing
-from mrelease.process import no_file_left, pid_of, pin, shown
+from mrelease.process import no_file_left, pid_of, pin, shown, take_files
 from mrelease.protocol import Terms, as_release, nanoseconds, refusal
 from mrelease.release import Outcome, Release
 from mrelease.scheduling import Scheduling, policy_name
@@ -516,7 +516,8 @@ class _Batch:
         self, processes: list[Victim | HasPid | SupportsIndex]
     ) -> list[Reaping]:
         pids = [_check(process) for process in processes]
-        spare = _spare_files() if len(processes) > 1 else []
+        # For a look at the rest, when all others are in use.
+        spare = take_files(3) if len(processes) > 1 else []
         for at, (process, pid) in enumerate(zip(processes, pids, strict=True)):
             if not self._try_to_add(process, pid):
                 if not self._sent:
@@ -627,17 +628,6 @@ def _refuse_kernel_thread(pidfd: _mrelease.Pidfd, pid: int) -> None:
     except OSError:
         pass
     start_of(pidfd, pid)  # raises if it is one
-
-
-def _spare_files() -> list[_mrelease.Pidfd]:
-    """Open what a look at the rest takes when all others are in use."""
-    found: list[_mrelease.Pidfd] = []
-    while len(found) < 3:
-        try:
-            found.append(_mrelease.pidfd_open(os.getpid()))
-        except OSError:
-            break
-    return found
 
 
 def _look_at(processes: list[Victim | HasPid | SupportsIndex]) -> None:

@@ -13,7 +13,13 @@ from errno import EMFILE, ENFILE, ENOENT, ENOMEM, EPERM, ESRCH
 from time import CLOCK_BOOTTIME, clock_gettime, monotonic, sleep
 
 from mrelease import _mrelease
-from mrelease.process import no_file_left, read_fields, read_proc, shown
+from mrelease.process import (
+    no_file_left,
+    read_fields,
+    read_proc,
+    shown,
+    take_files,
+)
 from mrelease.protocol import Terms, bounded, may_signal
 from mrelease.reaper import Reaper, check_reaper, kill_here
 from mrelease.release import Outcome, Release
@@ -209,11 +215,7 @@ class _Files:
 
     def take(self) -> None:
         """Take them, or as many as there are."""
-        try:
-            while len(self._taken) < _FILES:
-                self._taken.append(_mrelease.pidfd_open(os.getpid()))
-        except OSError:
-            pass
+        self._taken += take_files(_FILES - len(self._taken))
 
     def close(self) -> None:
         """Give them back."""

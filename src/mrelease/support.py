@@ -7,7 +7,7 @@ from errno import ENOSYS, EPERM, errorcode
 
 from mrelease import _mrelease
 from mrelease.printable import printable
-from mrelease.process import next_child_is_init, read_fields
+from mrelease.process import next_child_is_init, read_fields, read_lines
 from mrelease.value import Value
 
 _CAP_KILL = 5
@@ -377,13 +377,7 @@ def _proc(status: _Status) -> Feature:
 
 def _mounts() -> list[list[str]]:
     try:
-        with open(
-            "/proc/self/mounts",
-            encoding="utf-8",
-            errors="surrogateescape",
-            newline="\n",  # a name may hold all others
-        ) as file:
-            return [line.split(" ") for line in file]
+        return [line.split(" ") for line in read_lines("/proc/self/mounts")]
     except OSError:
         return []
 
