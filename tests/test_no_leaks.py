@@ -576,8 +576,9 @@ def reaper_kill_of_the_living(stack: ExitStack) -> Case:
     """Awaited on a loop of its own; some of them with a grace."""
     made = stack.enter_context(mrelease.Reaper(2, spares=1))
     turn = itertools.count()
-    # Not imported in the course of it.
-    loop = stack.enter_context(asyncio.Runner())
+    # Not Runner.run(): it sets a handler of SIGINT each time, for which the
+    # task is printed, and types keep the names that reprlib asks them for.
+    loop = stack.enter_context(asyncio.Runner()).get_loop()
 
     async def kill(pid: int, grace: float) -> mrelease.Release:
         return await made.kill(pid, grace=grace)
@@ -586,7 +587,7 @@ def reaper_kill_of_the_living(stack: ExitStack) -> Case:
         number = next(turn)
         with victims.Process(1, threads=1 + number % 3) as victim:
             grace = 0.5 * (number % 4 == 0)
-            result = loop.run(kill(victim.pid, grace))
+            result = loop.run_until_complete(kill(victim.pid, grace))
             assert result.outcome in KILLED
             assert victim.wait() in (-signal.SIGKILL, -signal.SIGTERM)
 
