@@ -596,7 +596,8 @@ def kill_cgroup(
     PermissionError if cgroup.kill may not be written and none of its processes
     be signalled; OSError if no file descriptor is left (if there are fewer
     than processes, they are released one batch after the other).  After that
-    nothing is raised but what a signal handler of the caller's raises.
+    nothing is raised but what a signal handler or an audit hook of the
+    caller's raises.
 
     Raises an auditing event mrelease.kill_cgroup with argument path.
     """

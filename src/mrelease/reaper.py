@@ -389,7 +389,8 @@ class Reaper(Closing):
         or may not be signalled has one that is done, with Outcome.GONE or
         Outcome.DENIED.  Raises TypeError, ValueError for what must not be
         killed, before any process was signalled; OSError if not even one can
-        be pinned.
+        be pinned.  After that nothing is raised but what a signal handler or
+        an audit hook of the caller's raises.
         """
         begun = monotonic_ns()
         terms = Terms(grace, None, timeout, locks)

@@ -838,8 +838,8 @@ def kill_group(
     arguments, 0, 1, negative numbers, bool, the caller's own group;
     ProcessLookupError if there is no such group; PermissionError if none of
     it may be signalled; OSError if /proc cannot be read or no file descriptor
-    is left.  After that nothing is raised but what a signal handler of the
-    caller's raises.
+    is left.  After that nothing is raised but what a signal handler or an
+    audit hook of the caller's raises.
     """
     _check(grace, timeout, locks, reaper)
     begun = monotonic()
