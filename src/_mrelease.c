@@ -535,7 +535,7 @@ is_in_exec(PyObject *Py_UNUSED(module), PyObject *arg)
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    found = procfs_is_in_exec((pid_t)pid);
+    found = procfs_is_in_exec((pid_t)pid, true);
     Py_END_ALLOW_THREADS
     return PyBool_FromLong(found);
 }
@@ -563,7 +563,7 @@ look_at_locks(PyObject *Py_UNUSED(module), PyObject *arg)
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    locks = procfs_is_in_exec((pid_t)pid)
+    locks = procfs_is_in_exec((pid_t)pid, true)
                 ? LOCKS_FREE
                 : locks_look((pid_t)pid, false, &no_fd);
     Py_END_ALLOW_THREADS

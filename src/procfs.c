@@ -281,13 +281,13 @@ has_no_code(pid_t tid)
 }
 
 bool
-procfs_is_in_exec(pid_t tid)
+procfs_is_in_exec(pid_t tid, bool patient)
 {
     const struct timespec moment = {.tv_nsec = 100000};
 
     /* Most are through in less, as a child that was started just now is. */
     for (int i = 0; has_no_code(tid); i++) {
-        if (i == 20) {
+        if (i == 20 || !patient) {
             return true;
         }
         nanosleep(&moment, NULL);
@@ -299,7 +299,7 @@ int
 procfs_read_stat(pid_t pid, struct procfs_stat *stat)
 {
     char buffer[1024];
-    if (procfs_is_in_exec(pid)) {
+    if (procfs_is_in_exec(pid, true)) {
         return EBUSY;
     }
     int fd = open_proc(pid, "stat", 0);
@@ -350,9 +350,9 @@ procfs_is_dying(pid_t pid)
 }
 
 int
-procfs_open_memory(pid_t tid)
+procfs_open_memory(pid_t tid, bool patient)
 {
-    if (procfs_is_in_exec(tid)) {
+    if (procfs_is_in_exec(tid, patient)) {
         errno = EBUSY;
         return -1;
     }

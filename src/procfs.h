@@ -51,10 +51,11 @@ procfs_read_status(pid_t pid, struct procfs_status *status);
  * of its robust locks, and has no code yet?  Until it is through, it holds a
  * lock (exec_update_lock) that others come to wait for: who opens its mem, asks
  * for its robust lists, or (6.18) reads its stat.  What it does meanwhile may
- * take for ever: it closes files, of a FUSE file system, say.  Waits for 2 ms first.
+ * take for ever: it tears the old memory down, and closes files, of a FUSE file
+ * system, say.  The patient wait for 2 ms first.
  */
 bool
-procfs_is_in_exec(pid_t tid);
+procfs_is_in_exec(pid_t tid, bool patient);
 
 struct procfs_stat {
     int64_t started;            /* clock ticks since boot */
@@ -75,12 +76,12 @@ procfs_is_dying(pid_t pid);
 /* The memory of a process, to be asked about even after it has ended.
  *
  * An fd for a thread that uses it, or -1: there is no such thread, it is in
- * execve(2) for long (errno is EBUSY then), or the caller may not trace the
- * process (PTRACE_MODE_ATTACH).  It
- * keeps no page, and what is asked waits for no lock of the victim's.
+ * execve(2) (see procfs_is_in_exec(); errno is EBUSY then), or the caller may
+ * not trace the process (PTRACE_MODE_ATTACH).  It keeps no page, and what is
+ * asked waits for no lock of the victim's.
  */
 int
-procfs_open_memory(pid_t tid);
+procfs_open_memory(pid_t tid, bool patient);
 
 enum procfs_memory {
     PROCFS_MEMORY_UNKNOWN,      /* the fd is -1 */

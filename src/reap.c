@@ -18,6 +18,9 @@
  */
 #define SETTLE (20 * MS)
 
+/* How long after the call victims that are in execve() are waited for. */
+#define PATIENCE_IN_EXEC (2 * MS)
+
 /* Memory that only the end of the victim gives back is worth waiting for
  * from this size on; nearly every process has a few pages of it.
  */
@@ -213,7 +216,9 @@ static void
 read_footprint(struct reap *reap)
 {
     struct procfs_status now;
-    int memory = procfs_open_memory(reap->pid);
+    /* So that many do not wait for each of many. */
+    bool patient = reap_now() < reap->begun + PATIENCE_IN_EXEC;
+    int memory = procfs_open_memory(reap->pid, patient);
     reap->in_exec = memory < 0 && errno == EBUSY;
     int err = procfs_read_status(reap->pid, &now);
     bool is_read = err == 0;
@@ -223,7 +228,7 @@ read_footprint(struct reap *reap)
         if (memory >= 0) {
             close(memory);
         }
-        memory = user != 0 ? procfs_open_memory(user) : -1;
+        memory = user != 0 ? procfs_open_memory(user, false) : -1;
     }
     if (user == 0 && reap->terminated != 0) {
         /* It has let go of its memory since SIGTERM: what that was, and who
@@ -598,10 +603,12 @@ strike(struct reap *reap)
         return progress;
     }
     /* SIGKILL must not wait for a look at many threads.  A look after it sees
-     * as much, and while they all end there is time for it.
+     * as much, and while they all end there is time for it.  Nor for one that
+     * may take for ever: where nothing can be read, it may be in execve().
      */
-    bool late_look = reap->protect && reap->send && reap->has_footprint &&
-                     reap->before.threads > THREADS_LOOKED_AT;
+    bool late_look = reap->protect && reap->send &&
+                     (!reap->has_footprint || reap->before.threads == 0 ||
+                      reap->before.threads > THREADS_LOOKED_AT);
     if (reap->protect && !late_look) {
         look_at_locks(reap);
     }
@@ -620,10 +627,12 @@ is_all_released(const struct reap *reap)
     struct procfs_status status;
     /* A look at what is left, too: the call also returns 0, and does nothing,
      * where the kernel's own OOM reaper has given up, and before 5.18 it
-     * passed over locked memory.
+     * passed over locked memory.  And in execve() that is the new memory: the
+     * old one may still be torn down.
      */
     return procfs_read_status(reap->pid, &status) == 0 && status.user != 0 &&
-           status.anon + status.swap < WORTH_WAITING;
+           status.anon + status.swap < WORTH_WAITING &&
+           !procfs_is_in_exec(reap->pid, false);
 }
 
 static enum reap_progress

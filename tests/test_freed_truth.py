@@ -391,6 +391,26 @@ def test_the_kills_that_were_checked_are_at_least_1000(
     assert table.kills[mrelease.kill] >= 1000
 
 
+@pytest.mark.needs("release")
+@pytest.mark.parametrize("kill_now", [mrelease.kill, by_reaper])
+def test_the_old_memory_of_one_starved_in_execve_is_not_said_to_be_freed(
+    kill_now: Kill,
+) -> None:
+    """It has a new memory already, and nothing else tells of the old one."""
+    with Gauge() as gauge:
+        base = gauge.usage()
+        with victims.starved_in_execve([gauge]) as (victim, _):
+            # By one who may neither raise it nor let it run elsewhere.
+            refused = {"sched_setattr": EPERM, "sched_setaffinity": EPERM}
+            with kernel_errors.answered(refused) as kernel:
+                release, usage = kernel.in_thread(
+                    lambda: (kill_now(victim.pid, timeout=0.3), gauge.usage())
+                )
+            assert usage - base > 64 * MIB, "it was not starved"
+            assert not release.freed, release
+            assert release.outcome is Outcome.PARTIAL
+
+
 @pytest.mark.parametrize("threads", [1, 64])
 def test_the_check_fails_for_a_victim_that_is_not_released(
     threads: int,

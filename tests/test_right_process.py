@@ -38,7 +38,7 @@ import kernel_errors
 import mrelease
 import victims
 from kill_ways import by_reaper
-from mrelease import Outcome, Victim
+from mrelease import Outcome, Victim, _mrelease
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -126,6 +126,24 @@ def test_the_right_started_is_accepted() -> None:
             assert victim.started == process.started()
             assert victim.kill(timeout=10.0).freed
         assert process.wait() == -signal.SIGKILL
+
+
+def test_started_of_one_that_is_in_execve_is_waited_for() -> None:
+    with victims.starved_in_execve() as (victim, busy):
+        begun = time.monotonic()
+        with pytest.raises(
+            OSError, match=r"cannot be told.*in execve"
+        ) as told:
+            Victim(victim.pid, started=1)
+        assert told.value.errno == errno.EBUSY
+        assert time.monotonic() - begun >= 0.1
+        busy.kill()
+        victims.wait_until(
+            lambda: not _mrelease.is_in_exec(victim.pid), "it is through"
+        )
+        with pytest.raises(ProcessLookupError, match="another process now"):
+            Victim(victim.pid, started=1)
+        assert victim.poll() is None
 
 
 def test_started_of_a_process_that_is_gone() -> None:

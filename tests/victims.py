@@ -32,6 +32,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -39,8 +40,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar, Unpack
 
 from cgroups import Freezer, Group, Guard, Quota, Unavailable
+from mrelease import _mrelease
 from mrelease.closing import Closing
 from mrelease.holds import Disk, find_tool
+from mrelease.meter import room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,6 +169,13 @@ def status_of(pid: int) -> dict[str, str]:
         name: value.strip()
         for name, _, value in (x.partition(":") for x in text.splitlines())
     }
+
+
+def is_sent_sigkill(pid: int) -> bool:
+    """Whether SIGKILL waits for it to take notice."""
+    status = status_of(pid)
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    return pending >> (signal.SIGKILL - 1) & 1 == 1
 
 
 def children(of: int | str = "self") -> set[int]:
@@ -970,3 +980,61 @@ def left_behind() -> list[str]:
         if str(disk.path) in mounts
     ]
     return found + [f"swap {swap.device}" for swap in _swap]
+
+
+# --------------------------------------------------- one starved in execve()
+
+_INTO_EXEC = """
+import mmap, os, sys
+input()  # until it is in its group
+memory = mmap.mmap(-1, int(sys.argv[1]), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+try:
+    memory.madvise(15)  # no huge pages: they are torn down at once
+except OSError:
+    pass  # there are none
+for page in range(0, len(memory), mmap.PAGESIZE):
+    memory[page] = 1
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+print(flush=True)
+os.execv("/bin/sleep", ["sleep", "600"])
+"""
+
+
+@contextlib.contextmanager
+def starved_in_execve(
+    groups: Sequence[Group] = (),
+) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[bytes]]]:
+    """A process that hardly gets to tear its old memory down, in execve().
+
+    And who keeps it from that: without it, it is through in a moment.
+    """
+    cpu = max(os.sched_getaffinity(0))
+    # More than is torn down in the milliseconds that it gets at a time.
+    size = min(1 << 30, room() // 4)
+
+    busy = subprocess.Popen(["sh", "-c", "while :; do :; done"])
+    victim = subprocess.Popen(
+        [sys.executable, "-I", "-c", _INTO_EXEC, str(size)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        os.sched_setaffinity(busy.pid, {cpu})
+        os.sched_setaffinity(victim.pid, {cpu})
+        assert victim.stdin is not None
+        assert victim.stdout is not None
+        for group in groups:
+            group.add(victim.pid)
+        victim.stdin.write("\n")
+        victim.stdin.flush()
+        assert victim.stdout.readline() == "\n"
+        wait_until(
+            lambda: _mrelease.is_in_exec(victim.pid), "it is in execve()"
+        )
+        yield victim, busy
+    finally:
+        busy.kill()
+        busy.wait()
+        victim.kill()
+        victim.communicate()

@@ -61,8 +61,8 @@ def kill(
     same (Outcome.LOCKED).  A lock that is taken in the microseconds between
     the look and SIGKILL is not seen.  locks='ignore' does not look: a victim
     that never lets go of its mmap_lock is killed then, too.  One that hangs in
-    execve(2) has none, and is killed, too; if it was not released, whether its
-    memory is back is not known (freed is false).
+    execve(2) has none, and is killed, too; whether its old memory is back is
+    not known until it has ended (freed is false).
 
     Raises, before anything was signalled: TypeError, ValueError for bad
     arguments, pid 1, the caller itself, a kernel thread; ProcessLookupError if

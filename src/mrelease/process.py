@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from errno import EINVAL, EMFILE, ENFILE, ENOENT, ENOSYS, EPERM, ESRCH
+from errno import EBUSY, EINVAL, EMFILE, ENFILE, ENOENT, ENOSYS, EPERM, ESRCH
+from time import monotonic, sleep
 
 from mrelease import _mrelease
 from mrelease.directory import PROC_SUPER_MAGIC
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # fits every pid that it could have been asked for.
 _PID_MAX = 2**31 - 1
 _NS_GET_PID_FROM_PIDNS = 0x8004B706  # linux/nsfs.h
+_PATIENCE_IN_EXEC = 0.1
+"""How long to wait for one that is in execve() and cannot be read, seconds."""
 
 
 def shown(value: object) -> str:
@@ -280,18 +283,33 @@ def check_start(started: int | None) -> None:
         )
 
 
+def _read_start(pid: int) -> int:
+    until = monotonic() + _PATIENCE_IN_EXEC
+    while True:
+        try:
+            return _mrelease.read_stat(pid)[0]
+        except OSError as error:
+            if error.errno != EBUSY or monotonic() > until:
+                raise
+        sleep(0.001)
+
+
 def _confirm_start(pid: int, pidfd: _mrelease.Pidfd, started: int) -> None:
     try:
-        found = _mrelease.read_stat(pid)[0]
+        found = _read_start(pid)
     except OSError as error:
         if _mrelease.pidfd_state(pidfd) == "reaped":
             raise no_such_process(pid, "it has ended") from None
+        why = (
+            "(/proc is not mounted, hides the process (hidepid), or is of "
+            "another pid namespace)"
+        )
+        if error.errno == EBUSY:
+            why = "while it is in execve()"
         raise OSError(
             error.errno,
             f"cannot kill pid {pid}: whether it started at {shown(started)} "
-            f"cannot be told, /proc/{pid}/stat cannot be read (/proc is not "
-            "mounted, hides the process (hidepid), or is of another pid "
-            "namespace)",
+            f"cannot be told, /proc/{pid}/stat cannot be read {why}",
         ) from None
     if found != started:
         raise other_process(pid, found, started)
