@@ -14,6 +14,7 @@ import gc
 import math
 import os
 import pickle
+import re
 import select
 import selectors
 import signal
@@ -855,6 +856,26 @@ def test_an_interrupt_from_a_thread_ends_the_wait_for_a_result(
         assert time.monotonic() - begun < LONG / 2
         timer.join()
         assert not reaping.done()
+
+
+def test_an_interrupt_leaves_the_with_statement_when_sigkill_is_out() -> None:
+    victims.need("held")
+
+    def interrupted(pid: int) -> None:
+        with Reaper() as reaper:
+            reaper.kill(pid, grace=60)
+            raise KeyboardInterrupt
+
+    for _ in range(30):
+        with (
+            victims.held(1, sigterm="ignore") as victim,
+            open(f"/proc/{victim.pid}/status", "rb", buffering=0) as status,
+        ):
+            with pytest.raises(KeyboardInterrupt):
+                interrupted(victim.pid)
+            fields = os.pread(status.fileno(), 8192, 0)  # at once
+            pending = re.findall(rb"(?:Sig|Shd)Pnd:\t(\w+)", fields)
+            assert any(int(p, 16) >> (signal.SIGKILL - 1) & 1 for p in pending)
 
 
 def test_an_interrupt_leaves_the_with_statement_at_once() -> None:

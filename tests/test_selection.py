@@ -689,6 +689,23 @@ def test_the_names_are_public() -> None:
     assert mrelease.kill_group is kill_group
 
 
+@pytest.mark.parametrize("count", range(36, 46))
+def test_a_group_that_there_are_just_files_for_is_killed(count: int) -> None:
+    """Those that are kept for what comes later are not missing then."""
+
+    def run(pid: int) -> list[Release]:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        kernel_errors.leave_files(60)
+        return kill_group(pid, timeout=5)  # its Reaper takes some, too
+
+    script = "for _ in range(%d):\n    child() or rest()\nrest()"
+    with Family(script % (count - 1), new_session=True) as family:
+        family.wait_for(count)
+        releases = kernel_errors.in_child(run, family.pid)
+        assert len(releases) == count
+        victims.wait_until(lambda: family.left() == set(), "all are dead")
+
+
 # --------------------------------------- after a signal nothing is raised
 
 LATE = """
@@ -753,3 +770,31 @@ def test_the_rest_is_killed_though_its_reaper_is_closed_meanwhile(
         assert family.left() == set()
         assert len(releases) == 2
         assert all(each.freed for each in releases), releases
+
+
+@pytest.mark.parametrize("kill", [kill_tree, kill_group])
+def test_the_rest_is_killed_though_its_reaper_is_closed_in_the_first_portion(
+    kill: Callable[..., list[Release]],
+) -> None:
+    """There are file descriptors for some only."""
+
+    def run(pid: int) -> list[Release]:
+        with Reaper(threads=1, spares=0) as reaper:
+            kernel_errors.leave_files(58)
+            timer = threading.Timer(0.3, reaper.close, [0])
+            timer.start()
+            try:
+                return kill(pid, grace=0.8, timeout=5, reaper=reaper)
+            finally:
+                timer.join()
+
+    script = (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "for _ in range(29):\n    child() or rest()\nrest()"
+    )
+    with Family(script, new_session=True) as family:
+        family.wait_for(30)
+        releases = kernel_errors.in_child(run, family.pid)
+        assert {each.outcome for each in releases} & {Outcome.DENIED} == set()
+        assert len(releases) == 30
+        victims.wait_until(lambda: family.left() == set(), "all are dead")

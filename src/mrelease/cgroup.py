@@ -26,7 +26,7 @@ from mrelease.directory import Distrusted, open_directory
 from mrelease.footprint import in_units
 from mrelease.printable import printable
 from mrelease.protocol import Terms, bounded
-from mrelease.reaper import Reaper, check_reaper, kill_here
+from mrelease.reaper import Reaper, check_reaper, kill_here, not_taken
 from mrelease.release import Outcome, Release
 from mrelease.value import Value
 from mrelease.victim import Victim
@@ -464,7 +464,13 @@ class CgroupKilling:
             self._releases += kill_here(victims, self._left(), self._locks)
             return
         self._begun_to_kill = True
-        self._reapings += zip(victims, reapings, strict=True)
+        short = not_taken(victims, reapings)
+        self._releases += kill_here(short, self._left(), self._locks)
+        self._reapings += [
+            (victim, reaping)
+            for victim, reaping in zip(victims, reapings, strict=True)
+            if victim not in short
+        ]
 
     def _left(self) -> float:
         return max(0.0, self._deadline - monotonic())
@@ -478,7 +484,7 @@ class CgroupKilling:
         if self._kill_file is not None:
             try:
                 os.write(self._kill_file, b"1")
-                written = True
+                self._begun_to_kill = written = True
             except OSError:
                 pass  # removed: then it is empty
         while True:
@@ -519,6 +525,7 @@ class CgroupKilling:
             for _, pidfd in pinned:
                 try:
                     _mrelease.pidfd_signal(pidfd, self._signal)
+                    self._begun_to_kill = True
                 except OSError:
                     pass
         adopted = [self._adopt(pid, pidfd) for pid, pidfd in pinned]

@@ -408,7 +408,10 @@ class Reaper(Closing):
         error.  Raises TypeError, ValueError for a bad timeout.
         """
         left = -1 if timeout is None else nanoseconds("timeout", timeout)
-        return self._pool.close(left)
+        in_time = self._pool.close(left)
+        if not in_time:
+            self._pool.hurry()  # waits until SIGKILL is out
+        return in_time
 
     def __exit__(
         self,
@@ -450,8 +453,7 @@ class Reaper(Closing):
             )
         finally:
             # Its threads end when what is under way is done.
-            self._pool.hurry()
-            self._pool.close(0)
+            self.close(0)
 
     def __repr__(self) -> str:
         return f"<Reaper {self._pool.state()}, {self._scheduling}>"
@@ -466,6 +468,17 @@ def check_reaper(reaper: object) -> None:
             f"reaper must be a Reaper or None, not {type(reaper).__name__}"
         )
     reaper._check_open()
+
+
+def not_taken(victims: list[Victim], reapings: list[Reaping]) -> list[Victim]:
+    """Give those that a Reaper refused for want of something of its own."""
+    return [
+        victim
+        for victim, reaping in zip(victims, reapings, strict=True)
+        if reaping.done()
+        and reaping.result().outcome is Outcome.DENIED
+        and reaping.result().errno in (None, EMFILE, ENFILE)
+    ]
 
 
 def kill_here(

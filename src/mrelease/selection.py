@@ -21,7 +21,7 @@ from mrelease.process import (
     take_files,
 )
 from mrelease.protocol import Terms, bounded, may_signal
-from mrelease.reaper import Reaper, check_reaper, kill_here
+from mrelease.reaper import Reaper, check_reaper, kill_here, not_taken
 from mrelease.release import Outcome, Release
 from mrelease.victim import Victim
 
@@ -92,7 +92,11 @@ def _stat_in_exec(pid: int) -> _Stat | None:
         status = read_fields(f"/proc/{pid}/status")
         state, parent = status["State"][:1], int(status["PPid"])
         group = os.getpgid(pid)
-    except (OSError, KeyError):
+    except OSError as error:
+        if error.errno in _SHORT:
+            raise
+        return None
+    except KeyError:
         return None
     # When it began is not told: not before anything else.
     rest = "0 " * 16 + str(2**63)
@@ -236,7 +240,7 @@ class Selection:
         self.lost: dict[int, Release] = {}
         """Found, but not to be pinned: no file descriptor was left."""
         self.unseen: dict[int, Release] = {}
-        """Those whose children could not be looked for, likewise."""
+        """What could not be looked at for more, likewise."""
         self.files: _Files = _Files()
         self.signalled = False
         # Some must be left to read /proc by, else nothing is seen at all.
@@ -525,8 +529,8 @@ class _Group(Selection):
 
         super().__init__()
         self._kill_signal: int = SIGKILL
-        self._missed = False
-        """A look was not whole, for want of file descriptors."""
+        self._missed: int | None = None
+        """A look was not whole, for want of file descriptors: the errno."""
         self.pgid = pgid
 
     def look(self) -> list[Victim]:
@@ -541,7 +545,8 @@ class _Group(Selection):
             return not before or not all(map(_reaped, before))
 
         found: list[Victim] = []
-        self._missed = False
+        self._missed = None
+        self.unseen.clear()
         try:
             for pid in _all_pids():
                 stat = _stat_of(pid)
@@ -550,15 +555,15 @@ class _Group(Selection):
                 victim = self.pin(pid, belongs)
                 if victim is not None:
                     found.append(victim)
-        except OSError:
+        except OSError as error:
             if not self.signalled:
                 raise
-            self._missed = True
+            self._missed = error.errno
         return found
 
     def look_again(self) -> list[Victim]:
         found = self.look()
-        late = self._missed or not all(map(_ended, found))
+        late = self._missed is not None or not all(map(_ended, found))
         if late and os.getpgrp() != self.pgid:
             # They may fork faster than they can be found.  The kernel signals
             # a group at once, those that are being forked as well.
@@ -578,6 +583,10 @@ class _Group(Selection):
         # By number: of the same group, since there was a living member in it
         # a moment ago.
         if all(map(_ended, self.victims)):
+            if self._missed is not None:
+                self.unseen[self.pgid] = Release(
+                    self.pgid, Outcome.DENIED, errno=self._missed
+                )
             return
         try:
             os.killpg(self.pgid, self._kill_signal)
@@ -620,20 +629,38 @@ class _Killing:
         ]
         if not rest:
             return
-        before = self._selection.signalled
-        self._selection.signalled = True
+        # No file descriptor may be left for it, or it was closed meanwhile.
         try:
-            reapings = self._reaper.kill_many(
-                rest, grace=grace, timeout=timeout, locks=self._locks
-            )
+            reapings = self._hand_over(rest, grace, timeout)
         except (OSError, ValueError):
-            # No file descriptor is left for it, or it was closed meanwhile.
-            if not before:
+            if not self._selection.signalled:
                 raise
-            killed = kill_here(rest, timeout, self._locks)
-            self._killed_here.update(zip(rest, killed, strict=True))
+            self._kill_here(rest, timeout)
             return
+        self._selection.signalled = True
         self._reapings.update(zip(rest, reapings, strict=True))
+        self._kill_here(not_taken(rest, reapings), timeout)
+
+    def _hand_over(
+        self, victims: list[Victim], grace: float, timeout: float
+    ) -> list[Reaping]:
+        def kill() -> list[Reaping]:
+            return self._reaper.kill_many(
+                victims, grace=grace, timeout=timeout, locks=self._locks
+            )
+
+        try:
+            return kill()
+        except OSError:
+            if self._selection.signalled:
+                raise
+        # Those for later are needed now.
+        self._selection.files.close()
+        return kill()
+
+    def _kill_here(self, victims: list[Victim], timeout: float) -> None:
+        killed = kill_here(victims, timeout, self._locks)
+        self._killed_here.update(zip(victims, killed, strict=True))
 
     def _watch(self, until: float) -> None:
         """Wait for the end of the grace, or of all processes.
@@ -697,10 +724,10 @@ class _Killing:
             return self._selection.look_again()
 
     def _result(self, victim: Victim) -> Release | None:
-        reaping = self._reapings.get(victim)
-        if reaping is None:
-            return self._killed_here.get(victim)
-        return reaping.result()
+        release = self._killed_here.get(victim)
+        if release is None and victim in self._reapings:
+            release = self._reapings[victim].result()
+        return release
 
     def _kill(self, victims: list[Victim], deadline: float) -> None:
         self._submit(victims, 0.0, max(0.0, deadline - monotonic()))
