@@ -457,6 +457,8 @@ def test_a_broken_pipe_ends_it() -> None:
             marks=NEEDS_CHARTS,
         ),
         (["--json", "/"], "/ cannot be written"),
+        (["--json", ""], "'' is not the name of a file"),
+        (["--json", "/nowhere/"], "'/nowhere/' is not the name of a file"),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_told_and_nothing_is_started(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from errno import EACCES, ENOSYS
+from errno import EACCES, EAGAIN, ENOSYS
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -959,6 +959,7 @@ def on_terminal(
 
 
 ERASE = "\r\x1b[K"
+CLONE_THREAD = 0x10000  # linux/sched.h
 
 
 @pytest.fixture
@@ -1036,6 +1037,43 @@ def test_interrupted_the_progress_is_erased(many: list[str]) -> None:
     assert "/12 done" in text
     assert "/12 done" not in text.rpartition(ERASE)[2]
     assert text.count(" killed: interrupted, its memory is back") == 12
+
+
+@pytest.mark.any_kernel
+def test_where_no_thread_can_be_made_there_is_no_progress_but_the_kills(
+    many: list[str], answered: Answered
+) -> None:
+    def no_thread(call: Call) -> int | Do:
+        return EAGAIN if call.args[0] & CLONE_THREAD else ALLOW
+
+    kernel = answered({"clone": no_thread, "clone3": ENOSYS})
+    code, text = kernel.run(on_terminal, ["kill", *many])
+    assert any(call.args[0] & CLONE_THREAD for call, _ in kernel.calls)
+    assert code == 0, text
+    assert "\x1b" not in text
+    assert text.count("pid ") == 12
+
+
+@pytest.mark.any_kernel
+def test_interrupted_where_files_are_for_some_only(many: list[str]) -> None:
+    """The others wait for theirs: for the whole grace."""
+    started = subprocess.Popen(
+        ["/bin/sh", "-c", 'ulimit -n 44; exec "$@"', "sh", *COMMAND, "kill",
+         "--grace", "600", *many],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.wait(2)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=30)
+    assert started.returncode == 130
+    killed = [line.split()[1] for line in out.splitlines()]
+    alone = [line.split()[2] for line in err.splitlines()]
+    assert out.count(" killed: interrupted, its memory is back") == len(killed)
+    assert err.count(" was left alone: interrupted before") == len(alone)
+    assert killed
+    assert alone
+    assert sorted(killed + alone) == sorted(many)
 
 
 # ------------------------------------------------------------- the rest

@@ -390,6 +390,17 @@ def test_after_an_error_nothing_is_left(
 
 @pytest.mark.any_kernel
 @pytest.mark.needs("release")
+def test_on_a_full_disk_it_says_that_it_cannot_be_told() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*PYTHON, code(16)], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 74, done
+    assert done.stderr.startswith("mrelease: what was found cannot be told: ")
+
+
+@pytest.mark.any_kernel
+@pytest.mark.needs("release")
 def test_a_broken_pipe_ends_it_and_nothing_is_left() -> None:
     shell = shutil.which("bash")
     if shell is None:

@@ -602,6 +602,8 @@ def _new_part(path: str) -> tuple[int, str]:
 
 def _check_output(path: str) -> None:
     """Raise ValueError if it cannot be written."""
+    if not os.path.basename(path) and not os.path.isdir(path):
+        raise ValueError(f"{path!r} is not the name of a file")
     try:
         if _is_file(path):
             fd, part = _new_part(os.path.realpath(path))

@@ -352,7 +352,7 @@ def _kill_pinned(
     try:
         if reaper is not None:
             # If that has no file descriptors left: one by one.
-            with not_now(), contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
                 found = reaper.kill_many(
                     victims,
                     grace=args.grace,
@@ -370,6 +370,9 @@ def _kill_pinned(
             with progress.aside():
                 worst = max(worst, told.tell(as_json=args.json))
     except Stopped as stop:
+        if reaper is not None and not reapings:
+            # It came before all had their turn: SIGKILL for the others.
+            reaper.close(0)
         for pid, victim in left:
             if isinstance(victim, OSError):
                 told = _told_of_error(pid, victim)
@@ -467,9 +470,9 @@ def _kill_each(args: argparse.Namespace, targets: Sequence[int | str]) -> int:
                 told = _kill_one(args, target, victims, opened, reaper)
                 killed.update(each.document.get("pid") for each in told)
                 while told:
+                    each = told.pop(0)
                     with progress.aside():
-                        worst = max(worst, told[0].tell(as_json=args.json))
-                    del told[0]
+                        worst = max(worst, each.tell(as_json=args.json))
             except Stopped as stop:
                 if reaper is not None:
                     reaper.close(0)  # cuts the graces short

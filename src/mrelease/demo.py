@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from errno import EPIPE
 
 from mrelease.footprint import in_units
 from mrelease.killing import kill
@@ -131,8 +130,16 @@ def _who(found: Support) -> str:
     return f"Run as {who}: {raising}."
 
 
+class _Unsaid(Exception):
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+
+
 def _say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError as error:
+        raise _Unsaid(error) from None
 
 
 def _fitting() -> int:
@@ -204,14 +211,14 @@ def demo(*, size: int | None = None, give_up: float = 15.0) -> int:
     give_up: seconds after which memory that is not back is called that.
 
     0 if the memory was back with mrelease, 1 if not or if it cannot be shown.
-    Raises BrokenPipeError when nobody reads its output; all is cleaned up
-    then, as after any exception.
+    Raises OSError when its output cannot be written (BrokenPipeError: nobody
+    reads it); all is cleaned up then, as after any exception.
     """
     try:
         check_support()
         return _show(_fitting() if size is None else size, give_up)
+    except _Unsaid as unsaid:
+        raise unsaid.error from None
     except (Impossible, OSError) as error:
-        if isinstance(error, OSError) and error.errno == EPIPE:
-            raise
         print(f"mrelease demo cannot be shown: {error}", file=sys.stderr)
         return 1

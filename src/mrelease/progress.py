@@ -122,10 +122,13 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self.on(self._stream):
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._run, name="mrelease-progress", daemon=True
             )
-            self._thread.start()
+            # A kill does without it where no thread can be made.
+            with contextlib.suppress(RuntimeError, MemoryError):
+                thread.start()
+                self._thread = thread
         return self
 
     def __exit__(
