@@ -343,9 +343,7 @@ class _Tree(Selection):
         self._held: list[Victim] = []
         self._open: list[Victim] = []
         """Not seen to stand: they may have forked after the last look."""
-        # Who waits for stopped children (WUNTRACED: sudo, a shell) does
-        # something about it, and may stop as well, to stay so.  The caller
-        # knows what it does, and no init waits like that.
+        # The caller knows what it does, and no init waits for stopped ones.
         stat = _stat_of(root.pid)
         self._may_stop_root = stat is not None and (
             stat.parent in (os.getpid(), 1)
@@ -773,11 +771,10 @@ def kill_tree(
     Then its processes are stopped (SIGSTOP), so that none can fork any more,
     and looked at again, and only then killed and released in parallel, by the
     reaper or by one that is made for the call.  What does not get to run, and
-    so does not stop, is waited for only some 20 ms (4 ms more for each
-    process that there is per CPU).  A root whose parent is
-    neither the caller nor pid 1 is not stopped: that parent might see it, and
-    stop as well, for good (sudo does).  Such a root is killed first; what it
-    forked just before is found if it has not ended by then.
+    so does not stop, is waited for only some milliseconds.  A root whose
+    parent is neither the caller nor pid 1 is not stopped: that parent might
+    see it, and stop as well, for good (sudo does).  Such a root is killed
+    first; what it forked just before is found if it has not ended by then.
 
     With a grace, in seconds, all get SIGTERM first, and what is left at its
     end is stopped and killed.  What is started during the grace gets no
