@@ -106,7 +106,10 @@ def running() -> Iterator[Running]:
 
 def test_it_shows_both_times_as_bars_of_one_scale() -> None:
     status, out, err = run(64)
-    assert (status, err) == (0, "")
+    # Who may not raise the victim may lose the race, where it takes him long.
+    lost = "too late to release" in out and "cannot be raised" in out
+    assert status == 0 or lost, out
+    assert err == ""
     assert "Two processes, each with 64.0 MiB of private memory" in out
     cpus = len(os.sched_getaffinity(0))
     assert f"{cpus} usable CPUs, {2 * cpus} busy processes" in out
@@ -118,10 +121,10 @@ def test_it_shows_both_times_as_bars_of_one_scale() -> None:
     released = re.search(rf"^mrelease +{times}$", out, re.MULTILINE)
     assert alone, out
     assert released, out
-    assert "not yet" not in released[1]
+    assert lost or "not yet" not in released[1]
     assert re.search(r"^With mrelease .*\.$", out, re.MULTILINE)
     assert re.search(
-        r"^pid \d+ (released|exited|partial): ", out, re.MULTILINE
+        r"^pid \d+ (released|exited|partial|exiting): ", out, re.MULTILINE
     )
     assert "the longest time between two looks was " in out
 
