@@ -239,6 +239,8 @@ read_footprint(struct reap *reap)
         if (procfs_has_no_file(err)) {
             reap->before.threads = 0;
             close_memory(reap);
+            /* By the file descriptor of that. */
+            reap->in_exec = procfs_is_in_exec(reap->pid, false);
         }
         return;
     }
@@ -606,9 +608,9 @@ strike(struct reap *reap)
      * as much, and while they all end there is time for it.  Nor for one that
      * may take for ever: where nothing can be read, it may be in execve().
      */
-    bool late_look = reap->protect && reap->send &&
-                     (!reap->has_footprint || reap->before.threads == 0 ||
-                      reap->before.threads > THREADS_LOOKED_AT);
+    bool late_look =
+        reap->protect && reap->send &&
+        (!reap->has_footprint || reap->before.threads > THREADS_LOOKED_AT);
     if (reap->protect && !late_look) {
         look_at_locks(reap);
     }

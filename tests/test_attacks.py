@@ -1313,21 +1313,46 @@ def test_a_victim_that_hangs_in_execve_does_not_hold_its_kill_up(
             victim.wait()
 
 
+HANGS_AT_SIGTERM = """
+import os, signal, sys
+os.open(sys.argv[1], os.O_RDONLY)
+def hang(*_):
+    os.execv("/bin/sleep", ["sleep", "60"])
+signal.signal(signal.SIGTERM, hang)
+print(flush=True)
+while True:
+    signal.pause()
+"""
+
+
 @needs_root
+@pytest.mark.parametrize("grace", [0.0, 1.0])
 def test_without_files_sigkill_is_sent_to_who_hangs_in_execve(
-    tmp_path: Path,
+    grace: float, tmp_path: Path
 ) -> None:
     """That it hangs cannot be read then, and to ask for its locks may hang."""
     with Unflushed(tmp_path) as file:
+        script = HANGS_AT_SIGTERM if grace else HANGS_IN_EXEC
         victim = subprocess.Popen(
-            [sys.executable, "-I", "-c", HANGS_IN_EXEC, file.path]
+            [sys.executable, "-I", "-c", script, file.path],
+            stdout=subprocess.PIPE,
         )
+        assert victim.stdout is not None
         try:
-            file.wait_for_close()
+            if grace:
+                victim.stdout.readline()
+            else:
+                file.wait_for_close()
 
             def run() -> Release:
-                kernel_errors.leave_files(1)  # for the pidfd
-                return mrelease.kill(victim.pid, timeout=0.5)
+                left = 0 if grace else 1  # for the pidfd
+                timer = threading.Timer(
+                    grace / 4, kernel_errors.leave_files, [left]
+                )
+                timer.start()
+                if not grace:
+                    timer.join()
+                return mrelease.kill(victim.pid, grace=grace, timeout=0.5)
 
             with kernel_errors.Job(run):
                 victims.wait_until(
@@ -1337,7 +1362,7 @@ def test_without_files_sigkill_is_sent_to_who_hangs_in_execve(
         finally:
             file.close()
             victim.kill()
-            victim.wait()
+            victim.communicate()
 
 
 @needs_root
