@@ -610,7 +610,7 @@ def test_the_release_comes_no_later_than_with_kill(
     ESRCH, and then it is EXITED. Here each way kills as many, in turn; a busy
     machine adds noise, so only a gross difference fails.
     """
-    count = rounds(60)
+    count = max(12, rounds(60))
     late = {"kill": 0, "Reaper": 0}
     signalled: dict[str, list[float]] = {"kill": [], "Reaper": []}
     with Reaper() as reaper:
