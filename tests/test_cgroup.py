@@ -192,8 +192,13 @@ def test_the_path_in_all_its_forms(
 def test_locks_are_protected(group: Plain) -> None:
     with victims.robust_holder(8, groups=[group]):
         (release,) = kill_cgroup(group.path).releases
-    # EXITED: the look took too long, and it ended before any release.
-    assert release.outcome in (Outcome.LOCKED, Outcome.EXITED)
+    # Or the look took too long, and it ended before any release; without the
+    # system call that is the outcome then.
+    assert release.outcome in (
+        Outcome.LOCKED,
+        Outcome.EXITED,
+        Outcome.UNSUPPORTED,
+    )
     with victims.robust_holder(8, groups=[group]):
         (release,) = kill_cgroup(group.path, locks="ignore").releases
     assert release.locks == "ignored"
