@@ -26,7 +26,7 @@ from mrelease.directory import Distrusted, open_directory
 from mrelease.footprint import in_units
 from mrelease.printable import printable
 from mrelease.protocol import Terms, bounded
-from mrelease.reaper import Reaper, check_reaper, kill_here, not_taken
+from mrelease.reaper import Reaper, check_reaper, kill_pinned
 from mrelease.release import Outcome, Release
 from mrelease.value import Value
 from mrelease.victim import Victim
@@ -453,24 +453,16 @@ class CgroupKilling:
     def _submit(self, reaper: Reaper, victims: list[Victim]) -> None:
         if not victims:
             return
-        try:
-            reapings = reaper.kill_many(
-                victims, timeout=self._left(), locks=self._locks
-            )
-        except (OSError, ValueError):
-            # No file descriptor is left for it, or it was closed meanwhile.
-            if not self._begun_to_kill:
-                raise  # nothing was killed
-            self._releases += kill_here(victims, self._left(), self._locks)
-            return
+        reapings = kill_pinned(
+            reaper,
+            victims,
+            0.0,
+            self._left(),
+            self._locks,
+            signalled=self._begun_to_kill,
+        )
         self._begun_to_kill = True
-        short = not_taken(victims, reapings)
-        self._releases += kill_here(short, self._left(), self._locks)
-        self._reapings += [
-            (victim, reaping)
-            for victim, reaping in zip(victims, reapings, strict=True)
-            if victim not in short
-        ]
+        self._reapings += zip(victims, reapings, strict=True)
 
     def _left(self) -> float:
         return max(0.0, self._deadline - monotonic())

@@ -470,18 +470,48 @@ def check_reaper(reaper: object) -> None:
     reaper._check_open()
 
 
-def not_taken(victims: list[Victim], reapings: list[Reaping]) -> list[Victim]:
-    """Give those that a Reaper refused for want of something of its own."""
-    return [
-        victim
-        for victim, reaping in zip(victims, reapings, strict=True)
-        if reaping.done()
-        and reaping.result().outcome is Outcome.DENIED
-        and reaping.result().errno in (None, EMFILE, ENFILE)
-    ]
+def kill_pinned(
+    reaper: Reaper,
+    victims: list[Victim],
+    grace: float,
+    timeout: float,
+    locks: Literal["protect", "ignore"],
+    *,
+    signalled: bool,
+) -> list[Reaping]:
+    """Kill by a reaper, and in this thread what it does not take.
+
+    It may have been closed meanwhile, or have no file descriptor left.  Raises
+    what its kill_many() does, but nothing once something was signalled.
+    """
+    until = monotonic() + grace + timeout
+    found: dict[Victim, Reaping] = {}
+    try:
+        reapings = reaper.kill_many(
+            victims, grace=grace, timeout=timeout, locks=locks
+        )
+        found.update(zip(victims, reapings, strict=True))
+    except (OSError, ValueError):
+        if not signalled:
+            raise
+    left = [v for v in victims if v not in found or _is_not_taken(found[v])]
+    here = _kill_here(left, max(0.0, until - monotonic()), locks)
+    for victim, release in zip(left, here, strict=True):
+        found[victim] = Reaping(victim.pid, reaper._pool, release=release)
+    return [found[victim] for victim in victims]
 
 
-def kill_here(
+def _is_not_taken(reaping: Reaping) -> bool:
+    """Whether it was refused for want of something of the Reaper's own."""
+    if not reaping.done():
+        return False
+    release = reaping.result()
+    return release.outcome is Outcome.DENIED and (
+        release.errno in (None, EMFILE, ENFILE)
+    )
+
+
+def _kill_here(
     victims: list[Victim], timeout: float, locks: Literal["protect", "ignore"]
 ) -> list[Release]:
     """Kill them in this thread, when a Reaper cannot, and raise nothing."""

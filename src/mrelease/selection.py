@@ -21,7 +21,7 @@ from mrelease.process import (
     take_files,
 )
 from mrelease.protocol import Terms, bounded, may_signal
-from mrelease.reaper import Reaper, check_reaper, kill_here, not_taken
+from mrelease.reaper import Reaper, check_reaper, kill_pinned
 from mrelease.release import Outcome, Release
 from mrelease.victim import Victim
 
@@ -614,51 +614,33 @@ class _Killing:
         self._timeout = timeout
         self._locks: _Locks = locks
         self._reapings: dict[Victim, Reaping] = {}
-        self._killed_here: dict[Victim, Release] = {}
 
     def _submit(
         self, victims: list[Victim], grace: float, timeout: float
     ) -> None:
         """Hand those to the reaper that it does not have yet."""
-        rest = [
-            v
-            for v in victims
-            if v not in self._reapings and v not in self._killed_here
-        ]
+        rest = [v for v in victims if v not in self._reapings]
         if not rest:
             return
-        # No file descriptor may be left for it, or it was closed meanwhile.
-        try:
-            reapings = self._hand_over(rest, grace, timeout)
-        except (OSError, ValueError):
-            if not self._selection.signalled:
-                raise
-            self._kill_here(rest, timeout)
-            return
-        self._selection.signalled = True
-        self._reapings.update(zip(rest, reapings, strict=True))
-        self._kill_here(not_taken(rest, reapings), timeout)
 
-    def _hand_over(
-        self, victims: list[Victim], grace: float, timeout: float
-    ) -> list[Reaping]:
         def kill() -> list[Reaping]:
-            return self._reaper.kill_many(
-                victims, grace=grace, timeout=timeout, locks=self._locks
+            return kill_pinned(
+                self._reaper,
+                rest,
+                grace,
+                timeout,
+                self._locks,
+                signalled=self._selection.signalled,
             )
 
         try:
-            return kill()
+            reapings = kill()
         except OSError:
-            if self._selection.signalled:
-                raise
-        # Those for later are needed now.
-        self._selection.files.close()
-        return kill()
-
-    def _kill_here(self, victims: list[Victim], timeout: float) -> None:
-        killed = kill_here(victims, timeout, self._locks)
-        self._killed_here.update(zip(victims, killed, strict=True))
+            # Those for later are needed now.
+            self._selection.files.close()
+            reapings = kill()
+        self._selection.signalled = True
+        self._reapings.update(zip(rest, reapings, strict=True))
 
     def _watch(self, until: float) -> None:
         """Wait for the end of the grace, or of all processes.
@@ -722,10 +704,8 @@ class _Killing:
             return self._selection.look_again()
 
     def _result(self, victim: Victim) -> Release | None:
-        release = self._killed_here.get(victim)
-        if release is None and victim in self._reapings:
-            release = self._reapings[victim].result()
-        return release
+        reaping = self._reapings.get(victim)
+        return None if reaping is None else reaping.result()
 
     def _kill(self, victims: list[Victim], deadline: float) -> None:
         self._submit(victims, 0.0, max(0.0, deadline - monotonic()))
