@@ -1011,7 +1011,6 @@ def starved_in_execve(
     cpu = max(os.sched_getaffinity(0))
     # More than is torn down in the milliseconds that it gets at a time.
     size = min(1 << 30, room() // 4)
-
     busy = subprocess.Popen(["sh", "-c", "while :; do :; done"])
     victim = subprocess.Popen(
         [sys.executable, "-I", "-c", _INTO_EXEC, str(size)],
